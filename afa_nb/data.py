@@ -168,7 +168,7 @@ class TaggedImages(torch.utils.data.Dataset):
                 + ", ".join(f"{c} {n}" for c, n in self.counts().items()))
 
 # %% ../nbs/00_data.ipynb #41-00-data
-def _voc_folder(root) -> Path:
+def voc_folder(root) -> Path:
     "The folder with `ImageSets`: `root` itself, or the one VOC's archive unpacks to inside it."
     root = Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder")
@@ -179,7 +179,7 @@ def _voc_folder(root) -> Path:
 def find_voc_root() -> Path|None:
     "`$VOC_ROOT` (`FileNotFoundError` if that is not in VOC's layout), else `VOCdevkit/VOC2012` here or one folder up, else None."
     if root := os.environ.get("VOC_ROOT"):
-        try: return _voc_folder(root)
+        try: return voc_folder(root)
         except FileNotFoundError as e: raise FileNotFoundError(f"$VOC_ROOT: {e}") from None
     candidates = (Path("VOCdevkit/VOC2012"), Path("../VOCdevkit/VOC2012"))
     return next((root for root in candidates if (root/"ImageSets"/"Segmentation").is_dir()), None)
@@ -274,7 +274,7 @@ def voc(root, # folder in VOC's layout, or one with VOCdevkit/VOC2012 in it
 
     `FileNotFoundError` where the folder, the list, an image or a mask asked for is missing; `ValueError` for an empty list, a name
     listed twice, a mask value or a tag that is no class, or an image without tags in every source."""
-    folder = _voc_folder(root)
+    folder = voc_folder(root)
     classes = read_classes(folder) if classes is None else _check_classes(classes)
     names = _read_split(folder, split)
     image_files = _image_files(folder, names, split)

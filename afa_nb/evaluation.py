@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from .data import save_mask
 from .transforms import normalize
+from .model import AFANet
 from .cam import multi_scale_cam, cam_to_label
 from .par import PAR
 from .pseudo_labels import half, refined_label, propagated_label
@@ -102,6 +103,11 @@ def _eval_mode(net):
 def _resize(x, size): return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 # %% ../nbs/12_evaluation.ipynb #17-12-evaluation
+def _segment(net, image):
+    "Segmentation logits, without the attention and affinity that our own network would store beside them."
+    return (net(image, affinity=False) if isinstance(net, AFANet) else net(image)).seg.float()
+
+# %% ../nbs/12_evaluation.ipynb #18-12-evaluation
 def predict(
     net, # callable whose output has `seg` (B,C,h,w) logits, as `AFANet`
     image, # float (B,3,H,W), normalised
@@ -123,13 +129,13 @@ def predict(
     with _eval_mode(net):
         for s in sorted(scales, key=lambda s: (s != 1, -s)): # scale 1 first: its grid is the common one
             xs = x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False)
-            logits = net(torch.cat([xs, xs.flip(-1)]) if flip else xs).seg.float()
+            logits = _segment(net, torch.cat([xs, xs.flip(-1)]) if flip else xs)
             if best is not None: logits = _resize(logits, best.shape[-2:])
             if flip: logits = (logits[:len(x)] + logits[len(x):].flip(-1)) / 2
             best = logits if best is None else torch.maximum(best, logits)
     return _resize(best, size)
 
-# %% ../nbs/12_evaluation.ipynb #21-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #22-12-evaluation
 def dense_crf(
     image, # uint8 (H,W,3) or (3,H,W), RGB
     prob, # float (C,H,W), probabilities over C at each pixel
@@ -146,7 +152,7 @@ def dense_crf(
     image, prob = (x.numpy(force=True) if isinstance(x, torch.Tensor) else np.asarray(x) for x in (image, prob))
     if prob.ndim != 3: raise ValueError(f"prob must be (C,H,W), got {prob.shape}")
     C, H, W = prob.shape
-    if image.shape == (3, H, W) and (H, W) != (W, 3): image = image.transpose(1, 2, 0)
+    if image.shape == (3, H, W) != (H, W, 3): image = image.transpose(1, 2, 0)
     if image.shape != (H, W, 3) or image.dtype != np.uint8: raise ValueError(f"image must be uint8 ({H},{W},3) or (3,{H},{W}), got {image.dtype} {image.shape}")
     if not (prob.min() >= 0 and np.abs(prob.sum(0) - 1).max() < 1e-2): raise ValueError("prob must be probabilities that sum to 1 over the classes: take the softmax of logits first")
     crf = DenseCRF2D(W, H, C)
@@ -155,7 +161,7 @@ def dense_crf(
     crf.addPairwiseBilateral(sxy=bi_xy, srgb=bi_rgb, rgbim=np.ascontiguousarray(image), compat=bi_weight)
     return np.array(crf.inference(num_iter), dtype=np.float32).reshape(C, H, W)
 
-# %% ../nbs/12_evaluation.ipynb #28-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #29-12-evaluation
 def _usable_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _crf_job(image, prob, hard, options):
@@ -177,7 +183,7 @@ def _no_main():
     try: yield
     finally: sys.modules["__main__"] = main
 
-# %% ../nbs/12_evaluation.ipynb #29-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #30-12-evaluation
 def dense_crf_pool(
     items, # iterable of (key, image, prob): the last two as for `dense_crf`, the key comes back as it is
     num_workers=None, # processes; None: one per core; 0: in this process
@@ -201,7 +207,7 @@ def dense_crf_pool(
     finally:
         if pool: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/12_evaluation.ipynb #32-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #33-12-evaluation
 LADDER = ("cam", "cam_par", "propagated", "propagated_par", "seg", "seg_ms", "seg_ms_author", "seg_crf")
 _RAW = ("raw_attention", "raw_attention_par")
 _OF_CAM = frozenset((*LADDER[:4], *_RAW))
@@ -214,22 +220,22 @@ def raw_affinity(
     A = (attention.float() * scale).softmax(-1).mean(1)
     return (A + A.transpose(1, 2)) / 2
 
-# %% ../nbs/12_evaluation.ipynb #34-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #35-12-evaluation
 def _attention_affinity(net, x, scale):
     "`raw_affinity` of the normalised images `x` at `scale`."
     scales = [m.scale for m in net.modules() if isinstance(getattr(m, "scale", None), float)]
     if not scales: raise ValueError("raw_attention needs an encoder whose attention modules have the factor 1/√d as `scale`, as timm's do")
-    return raw_affinity(net(_resize(x, [int(scale * side) for side in x.shape[-2:]])).attention, scales[-1])
+    return raw_affinity(net(_resize(x, [int(scale * side) for side in x.shape[-2:]]), seg=False).attention, scales[-1])
 
 def _check_rungs(rungs):
     unknown = [r for r in rungs if r not in LADDER + _RAW]
     if unknown or not rungs: raise ValueError(f"unknown rung {unknown[0]!r}; the rungs are {', '.join(LADDER + _RAW)}" if unknown else "give at least one rung")
 
-# %% ../nbs/12_evaluation.ipynb #36-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #37-12-evaluation
 def _climb(net, image, class_labels, rungs, par, scales, background, radius, protocol, long_side):
     "Classification logits, and for each rung labels (B,H,W), or (B,C,H,W) probabilities for `seg_crf`. `image` is uint8 (B,3,H,W) on the network's device."
     x = normalize(image)
-    here, first = net(x, with_cam=True)
+    here, first = net(x, seg="seg" in rungs, affinity=False, with_cam=True)
     cam, affinity = multi_scale_cam(net, x, scales, first) if _OF_CAM & set(rungs) else (None, None)
     kernel = functools.cache(lambda: par.kernel(half(x)))
     once = lambda small, masks, _: par(small, masks, kernel())
@@ -249,7 +255,7 @@ def _climb(net, image, class_labels, rungs, par, scales, background, radius, pro
         seg_crf=lambda: logits(protocol).softmax(1))
     return here.cls, {rung: steps[rung]() for rung in rungs}
 
-# %% ../nbs/12_evaluation.ipynb #37-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #38-12-evaluation
 def ladder_labels(
     net, # an `AFANet`
     image, # uint8 (B,3,H,W), RGB
@@ -273,7 +279,7 @@ def ladder_labels(
         labels["seg_crf"] = torch.stack([torch.from_numpy(label) for _, label in dense_crf_pool(items, 0, hard=True)])
     return labels
 
-# %% ../nbs/12_evaluation.ipynb #43-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #44-12-evaluation
 def _size_batches(dataset, indices, batch_size, num_workers):
     "Batches of samples of equal image size; at most 8 batches' worth of samples wait."
     waiting, count = defaultdict(list), 0
@@ -290,7 +296,7 @@ def _size_batches(dataset, indices, batch_size, num_workers):
             yield batch(size)
     for size in list(waiting): yield batch(size)
 
-# %% ../nbs/12_evaluation.ipynb #45-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #46-12-evaluation
 def peak_memory(device) -> float|None: # MiB, or None where it is not known
     "The most memory used so far: of the GPU by tensors since it was last reset, elsewhere of this process since it started."
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
@@ -304,7 +310,7 @@ def _subset(dataset, limit, accelerator):
     indices = list(range(n)) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
     return indices if accelerator is None else indices[accelerator.process_index::accelerator.num_processes]
 
-# %% ../nbs/12_evaluation.ipynb #46-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #47-12-evaluation
 def evaluate(
     net, # an `AFANet`, on the device to compute on
     dataset, # of samples with masks, without a transform: `data.voc`, …
@@ -319,11 +325,12 @@ def evaluate(
 ) -> dict: # see below
     """The ladder on a data set, ready for `json.dumps`: for each rung its mIoU in [0,1]; `f1` and `tag_accuracy`, means over the images that have a tag; `iou`, rung → per-class list
     (None where a class is neither there nor predicted); `images`, `seconds`, `images_per_second`, `peak_memory_mb`, `device`, `protocol`, `long_side`.
-    Raises `ValueError` for an unknown rung, an empty data set or an image without a mask."""
+    Raises `ValueError` for an unknown rung, an empty data set, another number of classes than the network's or an image without a mask."""
     _check_rungs(ladder)
     if limit is not None and limit < 1: raise ValueError(f"limit must be at least 1, got {limit}")
     if not len(dataset): raise ValueError("the data set is empty")
     start, net = time.perf_counter(), net if accelerator is None else accelerator.unwrap_model(net)
+    if net.num_classes != len(dataset.classes): raise ValueError(f"the network has {net.num_classes} classes, the data set {len(dataset.classes)} (background included)")
     device = next(net.parameters()).device
     settings = dict(rungs=ladder, par=par or PAR(), scales=scales, background=background, radius=radius, protocol=protocol, long_side=long_side)
     matrices = {rung: ConfusionMatrix(len(dataset.classes), device=device) for rung in ladder}
@@ -336,7 +343,7 @@ def evaluate(
         for x in (tags, *(m.counts for m in matrices.values())): x.copy_(accelerator.reduce(x, "sum"))
     return _report(matrices, tags.tolist(), device, start) | dict(protocol=protocol, long_side=PROTOCOLS[protocol]["long_side"] if long_side == "protocol" else long_side)
 
-# %% ../nbs/12_evaluation.ipynb #48-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #49-12-evaluation
 def _measure(net, batches, settings, matrices, tags, bar):
     "Count what the network finds in each batch; yields (mask, image, prob) for the CRF if its rung is asked for."
     device = tags.device
@@ -361,7 +368,7 @@ def _report(matrices, tags, device, start):
         images_per_second=round(images / seconds, 2), peak_memory_mb=None if memory is None else round(memory), device=str(device),
         iou={rung: [None if math.isnan(v) else v for v in s["iou"].tolist()] for rung, s in scores.items()}))
 
-# %% ../nbs/12_evaluation.ipynb #55-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #56-12-evaluation
 def trivial_baselines(
     dataset, # of samples with masks
 ) -> dict: # mIoU in [0,1] of `background` and of `one_tag`
@@ -375,7 +382,7 @@ def trivial_baselines(
             matrices[name].update(sample["mask"], torch.full_like(sample["mask"], label))
     return {name: m.scores()["miou"] for name, m in matrices.items()}
 
-# %% ../nbs/12_evaluation.ipynb #60-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #61-12-evaluation
 VOC_SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
 
 def _write(path, save):
@@ -388,7 +395,7 @@ def _write(path, save):
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/12_evaluation.ipynb #61-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #62-12-evaluation
 def save_soft_label(
     prob, # float (C,H,W), probabilities
     path, # ends in .npz
@@ -408,7 +415,7 @@ def load_soft_label(path) -> np.ndarray: # float32 (C,H,W), within 1/510 of what
         prob[f["classes"]] = f["probability"] / np.float32(255)
     return prob
 
-# %% ../nbs/12_evaluation.ipynb #63-12-evaluation
+# %% ../nbs/12_evaluation.ipynb #64-12-evaluation
 def export_masks(
     net, # an `AFANet`, on the device to compute on
     dataset, # without a transform; masks are not needed

@@ -82,12 +82,12 @@ class AFANet(nn.Module):
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) normalised
-                classify_only: bool = False,  # True: `seg`, `affinity` and `attention` are None and cost nothing
+                seg: bool = True, affinity: bool = True,  # False: that head does not run and gives None (`affinity` stands for `attention` too)
                 with_cam: bool = False,  # True: also give this pass's raw cam (B,K,h,w)
                ):  # AFAOutput, or (AFAOutput, cam)
-        features, attention = self._encode(image, not classify_only)
+        features, attention = self._encode(image, affinity)
         cls = self.classifier(topk_pool(features[-1], self.pooling)[:, :, None, None]).flatten(1)
-        out = AFAOutput(cls, None, None, None) if classify_only else AFAOutput(cls, self.decoder(features), self.affinity_head(attention), attention)
+        out = AFAOutput(cls, self.decoder(features) if seg else None, self.affinity_head(attention) if affinity else None, attention if affinity else None)
         return (out, class_activation(features[-1], self.classifier.weight)) if with_cam else out
 
     @torch.no_grad()

@@ -9,107 +9,127 @@ __all__ = ['present_classes', 'half', 'refined_labels', 'refined_label', 'token_
 import torch
 import torch.nn.functional as F
 
-from .affinity import window_mask
 from .cam import background_softmax, box_mask
-from .random_walk import transition_matrix
+from .random_walk import random_walk
 
 # %% ../nbs/09_pseudo_labels.ipynb #05-09-pseudo-labels
 def present_classes(class_labels: torch.Tensor,  # (B,K) in {0,1}
-                    num_present: int | None = None,  # the most tags an image of the batch has, if known: saves asking the device
-                   ) -> tuple[torch.Tensor, torch.Tensor]:  # indices (B,M), ascending; labels (B,M) in {0,1}, 0 where an image has fewer
-    "Which M classes to look at, per image: the batch stays one tensor although every image has other tags."
+                    num_present: int | None = None,  # the most tags an image of the batch has, if known: saves asking the device. Too few lose classes unnoticed
+                   ) -> tuple[torch.Tensor, torch.Tensor]:  # class index (B,M) from 0, present ones first and ascending; labels (B,M) in {0,1}, 0 where an image has fewer
+    "Which M ≥ 1 classes to look at, per image: the batch stays one tensor although every image has other tags."
     if num_present is None: num_present = int(class_labels.sum(1).max())
     labels, index = class_labels.sort(dim=1, descending=True, stable=True)
     return index[:, :max(1, num_present)], labels[:, :max(1, num_present)]
 
-# %% ../nbs/09_pseudo_labels.ipynb #06-09-pseudo-labels
-def _take(cam, index):  # (B,K,h,w), (B,M) → (B,M,h,w)
-    return cam.gather(1, index[:, :, None, None].expand(-1, -1, *cam.shape[2:]))
-
+# %% ../nbs/09_pseudo_labels.ipynb #08-09-pseudo-labels
 def _resize(x, size): return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
-def _strongest(scores, index, size):
+def _compete(cam, class_labels, scores, size, num_present):
+    "Softmax maps (B, S·(M+1), h, w) of background and present classes, for each of S background scores; and the classes' index (B,M)."
+    index, present = present_classes(class_labels, num_present)
+    cam = cam.gather(1, index[:, :, None, None].expand(-1, -1, *cam.shape[2:]))
+    cam = _resize(cam.float(), size)
+    return torch.cat([background_softmax(cam, present, s) for s in scores], 1), index
+
+# %% ../nbs/09_pseudo_labels.ipynb #11-09-pseudo-labels
+def half(image: torch.Tensor,  # (B,3,H,W)
+        ) -> torch.Tensor:  # (B,3,⌊H/2⌋,⌊W/2⌋) float32
+    "The picture at half resolution, where PAR works."
+    return _resize(image.float(), [side // 2 for side in image.shape[-2:]])
+
+# %% ../nbs/09_pseudo_labels.ipynb #12-09-pseudo-labels
+def _strongest(maps, index, size):
     "(B,M+1,h,w) → (B,H,W): the class, as the data set counts, of the strongest channel at full size."
-    channel = _resize(scores, size).max(1).indices  # many times faster than argmax over so few channels
+    channel = _resize(maps, size).argmax(1)
     classes = torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
     return classes.gather(1, channel.flatten(1)).view(channel.shape)
 
+def _decide(par, image, maps, index, scores, kernel):
+    "Refine, and one label (B,H,W) for each background score."
+    if par is not None: maps = par(half(image), maps, kernel)
+    return [_strongest(m, index, image.shape[-2:]) for m in maps.chunk(len(scores), 1)]
+
+# %% ../nbs/09_pseudo_labels.ipynb #15-09-pseudo-labels
 def _agree(label_high, label_low, box, ignore_index=255):
     "Decision 5: foreground where the high score says so, background where both say so, ignored elsewhere and outside the box."
     label = label_high.masked_fill((label_high == 0) & (label_low != 0), ignore_index)
     return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:]), ignore_index)
 
-def _check(image, cam, class_labels, low, high):
-    if image.shape[0] != cam.shape[0] or cam.shape[:2] != class_labels.shape:
-        raise ValueError(f"image {tuple(image.shape)}, cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)} do not belong together")
+# %% ../nbs/09_pseudo_labels.ipynb #17-09-pseudo-labels
+def _check(image, cam, class_labels, low, high, box=None):
+    "Raises `ValueError` for inputs that do not belong together."
+    if image.ndim != 4 or cam.ndim != 4 or image.shape[0] != cam.shape[0] or cam.shape[:2] != class_labels.shape:
+        raise ValueError(f"image {tuple(image.shape)}, cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)} must be (B,3,H,W), (B,K,h,w) and (B,K)")
+    if min(image.shape[-2:]) < 2: raise ValueError(f"image {tuple(image.shape)} is too small to be halved")
     if not 0 <= low <= high <= 1: raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
+    if box is not None and box.shape != (len(image), 4): raise ValueError(f"box must be ({len(image)},4), rows (y0,y1,x0,x1), got {tuple(box.shape)}")
 
-# %% ../nbs/09_pseudo_labels.ipynb #08-09-pseudo-labels
-def half(image: torch.Tensor) -> torch.Tensor:
-    "The picture at half resolution, where PAR works."
-    return _resize(image.float(), (image.shape[-2] // 2, image.shape[-1] // 2))
-
-# %% ../nbs/09_pseudo_labels.ipynb #09-09-pseudo-labels
+# %% ../nbs/09_pseudo_labels.ipynb #19-09-pseudo-labels
 @torch.no_grad()
-def _refined(par, image, cam, class_labels, scores, num_present, kernel):
-    "One label (B,H,W) for each background score in `scores`."
-    size, small = image.shape[-2:], half(image)
-    index, present = present_classes(class_labels, num_present)
-    cam = _resize(_take(cam, index).float(), small.shape[-2:])
-    M = torch.cat([background_softmax(cam, present, s) for s in scores], 1)
-    if par is not None: M = par(small, M, kernel)
-    return [_strongest(m, index, size) for m in M.chunk(len(scores), 1)]
+def _refined(par, image, cam, class_labels, scores, num_present, kernel=None):
+    maps, index = _compete(cam, class_labels, scores, half(image).shape[-2:], num_present)
+    return _decide(par, image, maps, index, scores, kernel)
 
-# %% ../nbs/09_pseudo_labels.ipynb #10-09-pseudo-labels
+# %% ../nbs/09_pseudo_labels.ipynb #20-09-pseudo-labels
 def refined_labels(par,  # PAR(…) or PAMR(…); None leaves the CAM as it is
                    image: torch.Tensor,  # (B,3,H,W), in [0,1] or normalised: PAR does not see the difference
-                   cam: torch.Tensor,  # (B,K,H,W) in [0,1]
+                   cam: torch.Tensor,  # (B,K,h,w) in [0,1], of any size
                    class_labels: torch.Tensor,  # (B,K) in {0,1}
                    low: float = .35, high: float = .55,  # β_l, β_h
-                   box: torch.Tensor | None = None,  # (B,4): outside is ignored
-                   num_present: int | None = None, kernel: torch.Tensor | None = None,  # known already: saves asking, computing
+                   box: torch.Tensor | None = None,  # (B,4) rows (y0,y1,x0,x1): outside is ignored
+                   num_present: int | None = None,  # as in `present_classes`
+                   kernel: torch.Tensor | None = None,  # `par.kernel(half(image))`, to use it again
                   ) -> torch.Tensor:  # (B,H,W) long: class, 0 background, 255 ignored
-    "Decision 5: the CAM against β_h and against β_l, each through softmax and PAR at half resolution; where the two agree there is a label."
-    _check(image, cam, class_labels, low, high)
+    "Decision 5: the CAM against β_h and against β_l, each through softmax and PAR at half resolution; where the two agree there is a label. Raises `ValueError` for inputs that do not belong together."
+    _check(image, cam, class_labels, low, high, box)
     return _agree(*_refined(par, image, cam, class_labels, (high, low), num_present, kernel), box)
 
-# %% ../nbs/09_pseudo_labels.ipynb #11-09-pseudo-labels
-def refined_label(par, image, cam, class_labels, background: float = .45, num_present: int | None = None) -> torch.Tensor:  # (B,H,W) long
-    "The same with one background score and nothing ignored: how a refined CAM is evaluated. `par=None` gives the plain CAM's."
+# %% ../nbs/09_pseudo_labels.ipynb #27-09-pseudo-labels
+def refined_label(par,  # PAR(…) or PAMR(…); None leaves the CAM as it is
+                  image: torch.Tensor,  # (B,3,H,W), in [0,1] or normalised
+                  cam: torch.Tensor,  # (B,K,h,w) in [0,1], of any size
+                  class_labels: torch.Tensor,  # (B,K) in {0,1}
+                  background: float = .45,  # β
+                  num_present: int | None = None,  # as in `present_classes`
+                 ) -> torch.Tensor:  # (B,H,W) long: class, 0 background
+    "`refined_labels` with one background score and nothing ignored: how a refined CAM is evaluated (decision 16)."
     _check(image, cam, class_labels, background, background)
-    return _refined(par, image, cam, class_labels, (background,), num_present, None)[0]
+    return _refined(par, image, cam, class_labels, (background,), num_present)[0]
 
-# %% ../nbs/09_pseudo_labels.ipynb #13-09-pseudo-labels
-def token_grid(num_tokens: int, height: int, width: int) -> tuple[int, int]:
-    "(h,w) with h·w = num_tokens whose shape is nearest the picture's."
-    pairs = [(h, num_tokens // h) for h in range(1, num_tokens + 1) if num_tokens % h == 0]
-    return min(pairs, key=lambda p: max(p[0] * width / (p[1] * height), p[1] * height / (p[0] * width)))
+# %% ../nbs/09_pseudo_labels.ipynb #31-09-pseudo-labels
+def token_grid(num_tokens: int, height: int, width: int,  # tokens of the affinity; the picture's size
+              ) -> tuple[int, int]:  # rows h and columns w, h·w = num_tokens
+    "The token grid whose shape is nearest the picture's. Raises `ValueError` where no grid of so many tokens has that shape."
+    grids = [(h, num_tokens // h) for h in range(1, num_tokens + 1) if num_tokens % h == 0]
+    h, w = min(grids, key=lambda g: max(g[0] * width / (g[1] * height), g[1] * height / (g[0] * width)))
+    if (h - 1) * width >= (w + 1) * height or (w - 1) * height >= (h + 1) * width:
+        raise ValueError(f"{num_tokens} tokens are no grid of a picture of {height}×{width}: is the affinity another picture's?")
+    return h, w
 
-# %% ../nbs/09_pseudo_labels.ipynb #14-09-pseudo-labels
+# %% ../nbs/09_pseudo_labels.ipynb #34-09-pseudo-labels
 @torch.no_grad()
-def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel):
-    size = image.shape[-2:]
-    h, w = token_grid(affinity.shape[-1], *size)
-    index, present = present_classes(class_labels, num_present)
-    cam = _resize(_take(cam, index).float(), (h, w))
-    M = torch.cat([background_softmax(cam, present, s) for s in scores], 1).flatten(2)
-    T = transition_matrix(affinity, window_mask(h, w, radius, cam.device), alpha)
-    M = _resize((M @ T.transpose(1, 2)).unflatten(2, (h, w)), size)
-    if par is not None: M = par(half(image), M, kernel)
-    return [_strongest(m, index, size) for m in M.chunk(len(scores), 1)]
+def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None):
+    grid = token_grid(affinity.shape[-1], *image.shape[-2:])
+    maps, index = _compete(cam, class_labels, scores, grid, num_present)
+    maps = _resize(random_walk(maps, affinity, radius, alpha), image.shape[-2:])
+    return _decide(par, image, maps, index, scores, kernel)
 
-# %% ../nbs/09_pseudo_labels.ipynb #15-09-pseudo-labels
-def propagated_labels(par, image, cam, affinity: torch.Tensor,  # (B,N',N') in (0,1), of any token grid of the picture
-                      class_labels, low: float = .35, high: float = .55, box=None,
+# %% ../nbs/09_pseudo_labels.ipynb #35-09-pseudo-labels
+def propagated_labels(par, image, cam,  # as in `refined_labels`
+                      affinity: torch.Tensor,  # (B,N',N') in (0,1), of any token grid of the picture
+                      class_labels, low: float = .35, high: float = .55, box=None,  # as in `refined_labels`
                       radius: int = 8, alpha: float = 2,  # of the random walk
-                      num_present: int | None = None, kernel: torch.Tensor | None = None) -> torch.Tensor:  # (B,H,W) long: class, 0 background, 255 ignored
-    "Decisions 5 and 6: both CAMs take a step of the random walk before PAR; this label supervises the segmentation. Other arguments as in `refined_labels`."
-    _check(image, cam, class_labels, low, high)
+                      num_present: int | None = None, kernel: torch.Tensor | None = None,  # as in `refined_labels`
+                     ) -> torch.Tensor:  # (B,H,W) long: class, 0 background, 255 ignored
+    "Decisions 5 and 6: the CAM, against β_h and against β_l, takes a step of the random walk before PAR. This label supervises the segmentation. Raises `ValueError` for inputs that do not belong together."
+    _check(image, cam, class_labels, low, high, box)
     return _agree(*_propagated(par, image, cam, affinity, class_labels, (high, low), radius, alpha, num_present, kernel), box)
 
-# %% ../nbs/09_pseudo_labels.ipynb #16-09-pseudo-labels
-def propagated_label(par, image, cam, affinity, class_labels, background: float = .45, radius: int = 8, alpha: float = 2,
-                     num_present: int | None = None) -> torch.Tensor:  # (B,H,W) long
-    "The same with one background score and nothing ignored, for evaluation. `par=None` leaves out the refinement."
+# %% ../nbs/09_pseudo_labels.ipynb #36-09-pseudo-labels
+def propagated_label(par, image, cam, affinity, class_labels,  # as in `propagated_labels`
+                     background: float = .45,  # β
+                     radius: int = 8, alpha: float = 2, num_present: int | None = None,  # as in `propagated_labels`
+                    ) -> torch.Tensor:  # (B,H,W) long: class, 0 background
+    "`propagated_labels` with one background score and nothing ignored, for evaluation. `par=None` leaves out the refinement."
     _check(image, cam, class_labels, background, background)
-    return _propagated(par, image, cam, affinity, class_labels, (background,), radius, alpha, num_present, None)[0]
+    return _propagated(par, image, cam, affinity, class_labels, (background,), radius, alpha, num_present)[0]

@@ -1,0 +1,199 @@
+"""What a run must survive, tested on whole runs: a kill, a damaged checkpoint, scrambled masks, a NaN, bad input, two processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from afa_nb import training
+from afa_nb.data import save_mask, voc
+from afa_nb.shapes import make_shapes
+from afa_nb.training import NotFinite, check, preset, read_metrics, train
+
+SHORT = dict(max_iters=12, cam_iters=3, aff_iters=6, warmup_iters=2, crop_size=64, batch_size=4, eval_every=100, save_every=3, log_every=3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", num_train=16, num_val=2, size=64)
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    "An uninterrupted run."
+    return train(preset("demo", data_root=str(root), run_dir=str(tmp_path_factory.mktemp("whole") / "run"), **SHORT), verbose=False)
+
+
+def weights(run, step=12):
+    return load_file(Path(run) / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(run):
+    "The metrics without what depends on the clock."
+    clock = {"seconds", "images_per_second", "peak_memory_mb", "iterations_per_second"}
+    return [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(run)]
+
+
+def command(root, run, **changes):
+    settings = dict(data_root=str(root), run_dir=str(run), **SHORT) | changes
+    code = f"from afa_nb.training import preset, train; train(preset('demo', **{settings!r}))"
+    return [sys.executable, "-c", code]
+
+
+def environment():
+    "This process's number of threads, so that sums are formed in the same order."
+    return os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))
+
+
+def test_killed_and_continued_is_bit_identical(root, whole, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(root, run), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment())
+    deadline = time.time() + 300
+    while not (run / "checkpoints" / "step-00000006").exists() and time.time() < deadline: time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "checkpoints" / "step-00000012").exists(), "the run was over before it was killed"
+    again = subprocess.run(command(root, run), capture_output=True, text=True, env=environment())
+    assert again.returncode == 0, again.stderr
+    assert "continuing at step" in again.stdout
+    assert same(weights(run), weights(whole))
+    assert [r for r in rows(run) if r["kind"] == "train"] == [r for r in rows(whole) if r["kind"] == "train"]
+
+
+def test_damaged_checkpoint_is_reported_and_the_one_before_used(root, whole, tmp_path, capsys, monkeypatch):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
+    save, stop = training.save_checkpoint, RuntimeError("stopped on purpose")
+
+    def save_until_nine(run_dir, step, *args):
+        save(run_dir, step, *args)
+        if step == 9: raise stop
+
+    monkeypatch.setattr(training, "save_checkpoint", save_until_nine)
+    with pytest.raises(RuntimeError, match="on purpose"): train(config, verbose=False)
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000009" / "state.pt"
+    os.truncate(newest, newest.stat().st_size // 2)
+    train(config)
+    printed = capsys.readouterr().out
+    assert "step-00000009 is damaged (state.pt)" in printed and "continuing at step 6" in printed
+    assert same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_scrambled_masks_leave_training_bit_identical(root, whole, tmp_path):
+    "Decision 17: the pixels of every training mask moved around, its set of classes kept."
+    import shutil
+    scrambled = shutil.copytree(root, tmp_path / "shapes")
+    rng = np.random.default_rng(0)
+    for name in (scrambled / "ImageSets/Segmentation/train.txt").read_text().split():
+        path = scrambled / "SegmentationClass" / f"{name}.png"
+        mask = np.asarray(Image.open(path))
+        save_mask(rng.permutation(mask.ravel()).reshape(mask.shape), path)
+    first = voc(root, "train")[0]["mask"], voc(scrambled, "train")[0]["mask"]
+    assert not torch.equal(*first) and torch.equal(first[0].unique(), first[1].unique())
+    run = train(preset("demo", data_root=str(scrambled), run_dir=str(tmp_path / "run"), **SHORT), verbose=False)
+    assert same(weights(run), weights(whole))
+
+
+def test_other_tags_change_training(root, whole, tmp_path):
+    "The control of the test above: the run does read the tags."
+    import shutil
+    other = shutil.copytree(root, tmp_path / "shapes")
+    (other / "tags.csv").write_text("".join(f"{name},circle\n" for split in ("train", "val") for name in (other / f"ImageSets/Segmentation/{split}.txt").read_text().split()))
+    run = train(preset("demo", data_root=str(other), run_dir=str(tmp_path / "run"), **SHORT), verbose=False)
+    assert not same(weights(run), weights(whole))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
+    step = training.training_step
+
+    def poisoned(net, labeller, batch, num_present, i):
+        loss, losses = step(net, labeller, batch, num_present, i)
+        if i == 7: loss, losses = loss * float("nan"), losses | dict(aff=losses["aff"] * float("nan"))
+        return loss, losses
+
+    monkeypatch.setattr(training, "training_step", poisoned)
+    with pytest.raises(NotFinite, match="loss_aff is not finite since step 7") as error:
+        train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT), verbose=False)
+    print(error.value)
+    assert [p.name for p in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run", 6).values() if v.is_floating_point())
+
+
+def bad_root(root, tmp_path, change):
+    import shutil
+    copy = shutil.copytree(root, tmp_path / "shapes")
+    change(copy)
+    return copy
+
+
+def remove_image(copy): (copy / "JPEGImages/train_00003.png").unlink()
+def truncate_image(copy): os.truncate(copy / "JPEGImages/train_00003.png", 900)
+def write_text(copy): (copy / "JPEGImages/train_00003.png").write_text("not an image")
+def remove_split(copy): (copy / "ImageSets/Segmentation/train.txt").unlink()
+def small_mask(copy): save_mask(np.ones((10, 12), np.uint8), copy / "SegmentationClass/val_00001.png")
+def wrong_value(copy): save_mask(np.full((64, 64), 77, np.uint8), copy / "SegmentationClass/train_00003.png")
+def no_tags(copy): (copy / "SegmentationClass/train_00003.png").unlink()
+
+
+@pytest.mark.parametrize("change, message", [
+    (remove_image, "train_00003"), (truncate_image, "train_00003.png: cannot be read"), (write_text, "train_00003.png: cannot be read"),
+    (remove_split, "train.txt: no such split"), (small_mask, "val_00001.png: the mask is 12×10"), (wrong_value, "train_00003.png: holds the value 77"),
+    (no_tags, "every one needs tags.*the masks lack 1, the first is 'train_00003'")], ids=lambda x: getattr(x, "__name__", ""))
+def test_bad_data_is_named(root, tmp_path, change, message):
+    copy = bad_root(root, tmp_path, change)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        train(preset("demo", data_root=str(copy), run_dir=str(tmp_path / "run"), **SHORT | dict(max_iters=4, cam_iters=9, aff_iters=9)), verbose=False)
+    print(error.value)
+
+
+def test_root_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder") as error: train(preset("demo", data_root=str(tmp_path / "nowhere"), run_dir=str(tmp_path / "run")), verbose=False)
+    print(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA"])
+def test_images_of_every_mode_work(root, tmp_path, mode):
+    def convert(copy):
+        for path in sorted((copy / "JPEGImages").glob("train_*.png")):
+            image = Image.open(path).convert(mode)
+            path.unlink()
+            image.save(path.with_suffix(".jpg" if mode in ("L", "CMYK") else ".png"))
+    copy = bad_root(root, tmp_path, convert)
+    sample = voc(copy, "train")[0]
+    assert sample["image"].shape == (3, 64, 64) and sample["image"].dtype == torch.uint8
+
+
+def test_crop_smaller_than_the_stride():
+    with pytest.raises(ValueError, match="crop_size 4 is smaller than the stride 8") as error: check(preset("demo", crop_size=4))
+    print(error.value)
+
+
+def test_two_processes_learn_what_one_learns(root, tmp_path):
+    "The same samples in the same batches; only dropout and the order of sums differ."
+    settings = dict(eval_every=100, max_iters=6, cam_iters=3, aff_iters=4, log_every=1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = subprocess.run(command(root, one, **settings), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    script = tmp_path / "run.py"
+    script.write_text(command(root, two, **settings)[2])
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = ([r for r in read_metrics(run) if r["kind"] == "train"] for run in (one, two))
+    assert [r["step"] for r in a] == [r["step"] for r in b] == [1, 2, 3, 4, 5, 6]
+    assert a[0]["loss_cls"] == pytest.approx(b[0]["loss_cls"], rel=.1)
+    assert len([r for r in read_metrics(two) if r["kind"] == "eval"]) == 1, "one row, not one per process"
+    assert json.loads((two / "config.json").read_text())["batch_size"] == 4

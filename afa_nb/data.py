@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'VOC_CLASSES', 'read_image', 'read_mask', 'voc_palette', 'save_mask', 'read_classes',
-           'tags_from_masks', 'tags_from_xml', 'read_tags', 'Record', 'TaggedImages', 'find_voc_root', 'cache_dir',
-           'voc']
+           'tags_from_masks', 'tags_from_xml', 'read_tags', 'Record', 'TaggedImages', 'voc_folder', 'find_voc_root',
+           'cache_dir', 'voc']
 
 # %% ../nbs/00_data.ipynb #02-00-data
 import contextlib, csv, hashlib, os, tempfile
@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 # %% ../nbs/00_data.ipynb #05-00-data
@@ -33,7 +33,8 @@ def read_image(path) -> Image.Image: # mode "RGB"
         return im.convert("RGB")
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as e:
-        raise OSError(f"{path}: cannot be read as an image ({type(e).__name__}). Replace the file, or take its name off the list") from e
+        why = "unknown format" if isinstance(e, UnidentifiedImageError) else e
+        raise OSError(f"{path}: cannot be read as an image ({why}). Replace the file, or take its name off the list") from e
 
 # %% ../nbs/00_data.ipynb #13-00-data
 IGNORE_INDEX = 255 # the mask value of pixels that belong to no class: they are neither trained on nor counted
@@ -235,7 +236,7 @@ def cache_dir() -> Path:
 def _cached_tags(paths, classes) -> np.ndarray:
     "`tags_from_masks`, remembered for as long as the classes and the masks' paths, sizes and times stay the same."
     stats = [(os.path.abspath(p), (s := os.stat(p)).st_size, s.st_mtime_ns) for p in paths]
-    file = cache_dir()/f"tags-{hashlib.sha256(repr((classes, stats)).encode()).hexdigest()[:32]}.npy"
+    file = cache_dir()/"tags"/f"{hashlib.sha256(repr((classes, stats)).encode()).hexdigest()[:32]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         if (tags := np.load(file)).shape == (len(paths), len(classes) - 1): return tags
     tags = tags_from_masks(paths, classes)
@@ -252,7 +253,7 @@ def _voc_tags(folder, names, mask_files, classes, source) -> tuple[np.ndarray, s
     path, annotations = folder/"tags.csv", folder/"Annotations"
     table = read_tags(path, classes) if source in ("auto", "file") and path.exists() else {}
     sources = dict(file=("tags.csv", [table.get(name) for name in names], np.array),
-                   masks=("the masks", mask_files, lambda files: _cached_tags(files, classes)),
+                   masks=("the masks", mask_files, lambda files: (_cached_tags if len(files) > 500 else tags_from_masks)(files, classes)),
                    xml=("Annotations", _find_files(annotations, names, {".xml"}), lambda files: tags_from_xml(files, classes)))
     if source not in ("auto", *sources): raise ValueError(f"tags: want 'auto', {', '.join(map(repr, sources))}, got {source!r}")
     unknown = []

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+import torch.nn.functional as F
 from timm.layers import LayerNorm
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 
@@ -27,30 +28,38 @@ VARIANTS = {
 # %% ../nbs/04_encoder.ipynb #06-04-encoder
 def variant_of(variant  # name of a row of `VARIANTS`, or a dict with `widths`, `depths`, `heads` and optionally `mlp_ratios`
               ) -> dict:
-    "The settings of `variant`. Raises `ValueError` for an unknown name or a dict that lacks a setting."
+    "The settings of `variant`. Raises `ValueError` for an unknown name or a dict whose settings are missing or do not fit together."
     if isinstance(variant, str):
         if variant not in VARIANTS: raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}, or give dict(widths=…, depths=…, heads=…)")
         return VARIANTS[variant]
     missing = {"widths", "depths", "heads"} - set(variant)
     if missing: raise ValueError(f"variant lacks {', '.join(sorted(missing))}; it needs widths, depths and heads, four numbers each")
     if any(len(variant[k]) != 4 for k in ("widths", "depths", "heads")): raise ValueError("widths, depths and heads need four numbers each, one per stage")
+    for w, h in zip(variant["widths"], variant["heads"]):
+        if w % h: raise ValueError(f"a stage of width {w} cannot be shared among {h} heads: {w} is no multiple of {h}")
     return dict(variant)
 
 # %% ../nbs/04_encoder.ipynb #09-04-encoder
 def attention_with_logits(attn: nn.Module,  # an attention module of timm's PVT v2 without spatial reduction
                           x: torch.Tensor,  # tokens (B,N,C)
                          ) -> tuple[torch.Tensor, torch.Tensor]:  # tokens (B,N,C), logits $QK^\top$ (B,heads,N,N)
-    "Eq. 1 in the open: the output of `attn` and its logits, neither scaled nor normalised."
+    "Eq. 1: the output of `attn`, and its logits neither scaled nor normalised."
     B, N, C = x.shape
     q = attn.q(x).view(B, N, attn.num_heads, -1).transpose(1, 2)
     k, v = attn.kv(x).view(B, N, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    S = q @ k.transpose(-2, -1)
-    x = (S * attn.scale).softmax(-1) @ v
-    return attn.proj_drop(attn.proj(x.transpose(1, 2).reshape(B, N, C))), S
+    x = F.scaled_dot_product_attention(q, k, v)
+    return attn.proj_drop(attn.proj(x.transpose(1, 2).reshape(B, N, C))), q @ k.transpose(-2, -1)
 
-# %% ../nbs/04_encoder.ipynb #11-04-encoder
+# %% ../nbs/04_encoder.ipynb #13-04-encoder
+def _block_with_logits(block, x, size):
+    "One transformer block of timm's PVT v2, and its attention logits."
+    update, S = attention_with_logits(block.attn, block.norm1(x))
+    x = x + block.drop_path1(update)
+    return x + block.drop_path2(block.mlp(block.norm2(x), size)), S
+
+# %% ../nbs/04_encoder.ipynb #14-04-encoder
 class MixTransformer(PyramidVisionTransformerV2):
-    "§3.1: MiT. `encoder(image)` gives four feature maps and the last stage's attention logits."
+    "§3.1: MiT. `encoder(image)` gives four feature maps and the last stage's attention logits. Raises `ValueError` for a variant or stride that does not exist."
     def __init__(self,
                  variant="mit_b1",  # a row of `VARIANTS`, or dict(widths=…, depths=…, heads=…)
                  stride: int = 16,  # of the last stage: 32 is SegFormer's, 16 the paper's, 8 for small images
@@ -66,11 +75,13 @@ class MixTransformer(PyramidVisionTransformerV2):
         if stride <= 8: self.stages[2].downsample.proj.stride = (1, 1)
 
     def forward(self,
-                image: torch.Tensor,  # (B,3,H,W) float, normalised
+                image: torch.Tensor,  # (B,3,H,W) float, normalised; H and W at least 29
                 attention: bool = True,  # False: leave every block to the fused kernel and return None for the logits
-               ):
-        "Features: 4 tensors (B,C_i,H_i,W_i) at strides 4, 8, 16, 16 (for `stride=16`); attention logits (B,16,N,N) of the last two blocks."
+               ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Features: 4 tensors (B,C_i,H_i,W_i), for `stride=16` at strides 4, 8, 16, 16 (sides rounded up); attention logits (B,16,N,N) of the last two
+        blocks over the N tokens of the last stage, row by row. Raises `ValueError` for an image of another shape or too small."""
         if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
+        if min(image.shape[2:]) < 29: raise ValueError(f"image is {image.shape[2]}×{image.shape[3]}, but the first stage's attention needs at least 29 pixels a side")
         x, features = self.patch_embed(image), []
         for stage in self.stages[:-1]:
             x = stage(x)
@@ -79,16 +90,14 @@ class MixTransformer(PyramidVisionTransformerV2):
         return features + [x], logits
 
     def _last_stage(self, x, attention):
-        stage = self.stages[-1]
+        stage, logits = self.stages[-1], []
         x = stage.downsample(x)
-        B, H, W, C = x.shape
-        x, logits = x.view(B, H * W, C), []
+        B, *size, C = x.shape
+        x = x.flatten(1, 2)
         for i, block in enumerate(stage.blocks):
             if attention and i >= len(stage.blocks) - 2:
-                update, S = attention_with_logits(block.attn, block.norm1(x))
+                x, S = _block_with_logits(block, x, size)
                 logits.append(S)
-                x = x + block.drop_path1(update)
-                x = x + block.drop_path2(block.mlp(block.norm2(x), (H, W)))
-            else: x = block(x, (H, W))
-        x = stage.norm(x).view(B, H, W, C).permute(0, 3, 1, 2).contiguous()
+            else: x = block(x, size)
+        x = stage.norm(x).view(B, *size, C).permute(0, 3, 1, 2).contiguous()
         return x, torch.cat(logits, 1) if attention else None

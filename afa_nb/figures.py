@@ -230,9 +230,10 @@ def ladder(
     return ladder_grid([(image, found, mask)], classes, width)
 
 # %% ../nbs/03_figures.ipynb #40-03-figures
-RUNGS = dict(cam="CAM", cam_par="CAM + PAR", propagated="propagated", propagated_par="propagated + PAR",
-             seg="segmentation", seg_ms="multi-scale + flip", seg_crf="+ CRF")
-_LOSSES = dict(loss="total", loss_cls="classification", loss_aff="affinity", loss_seg="segmentation", loss_reg="regularisation")
+RUNGS = dict(cam="CAM", cam_par="CAM + PAR", raw_attention="raw attention", raw_attention_par="raw attention + PAR",
+             propagated="propagated", propagated_par="propagated + PAR", seg="segmentation", seg_ms="multi-scale + flip",
+             seg_ms_author="multi-scale, author's", seg_crf="+ CRF")
+_LOSSES = dict(loss="total", loss_cls="classification", loss_aff="affinity", loss_seg="segmentation", loss_reg="−regularisation")
 
 # %% ../nbs/03_figures.ipynb #41-03-figures
 def _series(rows, key):
@@ -251,11 +252,11 @@ def curves(
     train = [r for r in metrics if r["kind"] == "train"]
     evals = [r for r in metrics if r["kind"] == "eval" and r.get("split") == split]
     for i, (key, name) in enumerate(_LOSSES.items()):
-        steps, values = _series([r for r in train if (r.get(key) or 0) > 0], key)
-        if steps: left.plot(steps, values, label=name, color="black" if key == "loss" else f"C{i - 1}", linewidth=1.6 if key == "loss" else 1.1)
+        steps, values = _series(train, key)
+        if steps: left.plot(steps, np.abs(values), label=name, color="black" if key == "loss" else f"C{i - 1}", linewidth=1.6 if key == "loss" else 1.1)
     for i, (key, name) in enumerate(RUNGS.items()):
         steps, values = _series(evals, key)
-        if steps: right.plot(steps, 100 * np.array(values), label=name, color=f"C{i}", marker="osD^v<>"[i], markersize=4, linewidth=1.2)
+        if steps: right.plot(steps, 100 * np.array(values), label=name, color=f"C{i}", marker="os+xD^v<>*"[i], markersize=4, linewidth=1.2)
     left.set_yscale("log")
     for ax, title in ((left, "loss"), (right, f"mIoU on {split}, %")):
         ax.set_title(title, fontsize=9)
@@ -272,9 +273,9 @@ def ladder_table(
     rows:list, # dicts with mIoU in [0,1] under the keys of `RUNGS`, and `f1`
     keys=("split",), # what names a row, the first columns
 ) -> str: # a markdown table whose columns also line up as plain text
-    "The ladder in percent with one decimal, one line per row; – where a row has no value."
+    "The ladder in percent with one decimal, one line per row and one column per rung that any row has."
     percent = lambda v: "–" if v is None or not np.isfinite(v) else f"{100 * v:.1f}"
-    names = RUNGS | dict(f1="tag F1")
+    names = {k: name for k, name in (RUNGS | dict(f1="tag F1")).items() if any(r.get(k) is not None for r in rows)}
     table = [[*keys, *names.values()]]
     for r in rows: table.append([str(r.get(k, "")) for k in keys] + [percent(r.get(k)) for k in names])
     widths = [max(map(len, column)) for column in zip(*table)]

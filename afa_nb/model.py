@@ -6,14 +6,13 @@
 __all__ = ['AFAOutput', 'MLPDecoder', 'AFANet', 'convert_weights', 'read_state', 'find_weights', 'load_weights']
 
 # %% ../nbs/11_model.ipynb #02-11-model
-import json, pickle, re
+import inspect, re
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 from torch import nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .affinity import AffinityHead
@@ -22,8 +21,12 @@ from .encoder import MixTransformer
 
 # %% ../nbs/11_model.ipynb #05-11-model
 class MLPDecoder(nn.Module):
-    "SegFormer's decoder: every stage's features through a linear layer to the same width, resized, concatenated, fused, classified."
-    def __init__(self, widths, dim=256, num_classes=21, dropout=.1):
+    "§4.1: SegFormer's decoder. Every stage through a linear layer to the same width, enlarged, concatenated, mixed, classified."
+    def __init__(self,
+                 widths,  # channels of each stage, first stage first
+                 dim: int = 256,  # the common width d
+                 num_classes: int = 21,  # C, background included
+                 dropout: float = .1):  # of whole channels before the last layer, while training
         super().__init__()
         self.project = nn.ModuleList([nn.Linear(w, dim) for w in widths])
         self.fuse = nn.Conv2d(dim * len(widths), dim, 1, bias=False)
@@ -31,58 +34,69 @@ class MLPDecoder(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.predict = nn.Conv2d(dim, num_classes, 1)
 
-    def forward(self, features):  # 4 × (B,C_i,H_i,W_i) → (B,C,H/4,W/4)
-        "Resizing, projecting and fusing are linear, so each stage is fused at its own resolution and only the sum is formed at the full one."
+    def forward(self, features,  # one (B,C_i,H_i,W_i) per stage
+               ) -> torch.Tensor:  # logits (B,C,H_1,W_1)
+        "The mixture as a sum over the stages, each computed at its own resolution."
         size, x = features[0].shape[-2:], 0
-        for f, (weight, bias) in zip(features, self._folded()):
-            y = F.conv2d(f, weight, bias)
+        for F_i, (weight, bias) in zip(features, self._folded()):
+            y = F.conv2d(F_i, weight, bias)
             x = x + (y if y.shape[-2:] == size else F.interpolate(y, size, mode="bilinear", align_corners=False))
         return self.predict(self.dropout(self.norm(x).relu()))
 
     def _folded(self):
-        "Weight and bias of `fuse` after `project`, per stage. `fuse` reads the stages in the order 4, 3, 2, 1."
-        fuse = self.fuse.weight.flatten(1).chunk(len(self.project), 1)[::-1]
-        with torch.autocast(self.fuse.weight.device.type, enabled=False):
-            return [((w @ p.weight)[:, :, None, None], w @ p.bias) for w, p in zip(fuse, self.project)]
+        "M_i·A_i and M_i·a_i for each stage. `fuse` holds the stages in the order 4, 3, 2, 1."
+        M = self.fuse.weight.flatten(1).chunk(len(self.project), 1)[::-1]
+        with torch.autocast(self.fuse.weight.device.type, enabled=False):  # the product of weights in full precision; only the result is rounded
+            return [((M_i @ p.weight)[:, :, None, None], M_i @ p.bias) for M_i, p in zip(M, self.project)]
 
-# %% ../nbs/11_model.ipynb #07-11-model
+# %% ../nbs/11_model.ipynb #13-11-model
 AFAOutput = namedtuple("AFAOutput", "cls seg affinity attention")
 AFAOutput.__doc__ = "What `AFANet` gives: `cls` (B,K) logits, `seg` (B,C,H/4,W/4) logits, `affinity` (B,N,N) in (0,1), `attention` (B,16,N,N) logits."
 
-# %% ../nbs/11_model.ipynb #08-11-model
+# %% ../nbs/11_model.ipynb #15-11-model
+@torch.no_grad()
+def _sizes(encoder: nn.Module, side: int = 64) -> tuple:  # channels of the features, of the attention; pixels per token
+    "What an encoder gives. Raises `ValueError` if it is not what `MixTransformer` gives."
+    modes = [(m, m.training) for m in encoder.modules()]
+    device = next((p.device for p in encoder.parameters()), "cpu")
+    found = encoder.eval()(torch.zeros(1, 3, side, side, device=device))
+    for m, mode in modes: m.training = mode
+    if not (isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[1], torch.Tensor)):
+        raise ValueError("an encoder must give a list of features and the attention logits, as MixTransformer does")
+    features, attention = found
+    N = features[-1].shape[-2:].numel()
+    if attention.ndim != 4 or attention.shape[-2:] != (N, N): raise ValueError(f"the encoder's last features have N={N} tokens, but its attention is {tuple(attention.shape)}: it must be (B,maps,N,N)")
+    return [f.shape[1] for f in features], attention.shape[1], side // features[-1].shape[-2]
+
+# %% ../nbs/11_model.ipynb #16-11-model
 class AFANet(nn.Module):
     "Fig. 3: one encoder and three heads."
     def __init__(self,
                  num_classes: int,  # C, background included
-                 variant="mit_b1",  # a row of `encoder.VARIANTS`, a dict of its settings, or a module that returns what `MixTransformer` returns
-                 pooling="max",  # of the classifier: "max" or a share in (0,1] for top-k pooling
-                 stride: int = 16,  # pixels per token of the last stage
+                 variant="mit_b1",  # a row of `encoder.VARIANTS`, a dict of its settings, or a module that gives what `MixTransformer` gives
+                 pooling="max",  # before the classifier: "max", or a share in (0,1] for top-k pooling
+                 stride: int = 16,  # pixels per token of the last stage; for a module, what it has
                  decoder_dim: int = 256):
+        "Raises `ValueError` for a setting that makes no sense, or an encoder whose output does."
         super().__init__()
         if num_classes < 2: raise ValueError(f"num_classes counts the background, so it is at least 2, not {num_classes}")
-        self.encoder = variant if isinstance(variant, nn.Module) else MixTransformer(variant, stride)
-        widths, channels = self._shape_of(self.encoder)
+        topk_pool(torch.zeros(1, 1, 2, 2), pooling)  # an impossible pooling fails here and not in the first step
         self.num_classes, self.pooling, self.stride = num_classes, pooling, stride
-        topk_pool(torch.zeros(1, 1, 2, 2), pooling)  # an impossible pooling shall fail here, not in the first step
+        self.encoder = variant if isinstance(variant, nn.Module) else MixTransformer(variant, stride)
+        widths, channels, found = _sizes(self.encoder)
+        if found != stride: raise ValueError(f"the encoder's last stage has {found} pixels per token, not {stride}: give stride={found}")
         self.classifier = nn.Conv2d(widths[-1], num_classes - 1, 1, bias=False)
         self.affinity_head = AffinityHead(channels)
         self.decoder = MLPDecoder(widths, decoder_dim, num_classes)
-
-    @staticmethod
-    @torch.no_grad()
-    def _shape_of(encoder):
-        "Channels of the features and of the attention; a module that does not say is asked with a small image."
-        if hasattr(encoder, "widths") and hasattr(encoder, "attention_channels"): return encoder.widths, encoder.attention_channels
-        features, attention = encoder(torch.zeros(1, 3, 64, 64))
-        return [f.shape[1] for f in features], attention.shape[1]
+        self._optional = "attention" in inspect.signature(self.encoder.forward).parameters
 
     def _encode(self, image, attention):
-        "Attention is left to the fused kernel where the encoder can and nobody asks."
-        return self.encoder(image) if attention or not isinstance(self.encoder, MixTransformer) else self.encoder(image, attention=False)
+        "Where nobody asks for the attention and the encoder can do without, it is left to the fused kernel."
+        return self.encoder(image, attention=attention) if self._optional else self.encoder(image)
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) normalised
-                seg: bool = True, affinity: bool = True,  # False: that head does not run and gives None (`affinity` stands for `attention` too)
+                seg: bool = True, affinity: bool = True,  # False: that head does not run and gives None; `affinity` stands for `attention` too
                 with_cam: bool = False,  # True: also give this pass's raw cam (B,K,h,w)
                ):  # AFAOutput, or (AFAOutput, cam)
         features, attention = self._encode(image, affinity)
@@ -91,30 +105,41 @@ class AFANet(nn.Module):
         return (out, class_activation(features[-1], self.classifier.weight)) if with_cam else out
 
     @torch.no_grad()
-    def cam(self, image: torch.Tensor,  # (B,3,H,W) normalised
+    def cam(self,
+            image: torch.Tensor,  # (B,3,H,W) normalised
             affinity: bool = True,  # False: None instead of the affinity
            ) -> tuple[torch.Tensor, torch.Tensor | None]:  # raw cam (B,K,h,w), affinity (B,N,N)
-        "The class activation maps and the affinity without running the decoder."
+        "Eq. 2 before its ReLU, and Eq. 3, without running the decoder."
         features, attention = self._encode(image, affinity)
         return class_activation(features[-1], self.classifier.weight), self.affinity_head(attention) if affinity else None
 
-# %% ../nbs/11_model.ipynb #10-11-model
+# %% ../nbs/11_model.ipynb #31-11-model
+_KINDS = {  # kind → the tensor to know it by
+    "afa_nb checkpoint": "affinity_head.proj.weight",
+    "released AFA checkpoint": "attn_proj.weight",
+    "SegFormer encoder": "patch_embed1.proj.weight",  # `mit_b0.pth` … `mit_b5.pth`
+    "transformers SegFormer encoder": "encoder.patch_embeddings.0.proj.weight",  # "nvidia/mit-b1" on the hub
+    "PVT v2 encoder": "patch_embed.proj.weight",  # timm's, and our encoder alone
+}
+
+# %% ../nbs/11_model.ipynb #32-11-model
+_stage = lambda to: lambda m: to.format(int(m[1]) - 1)
 _RENAME = [  # SegFormer's and the released AFA checkpoint's names → ours
     (r"^encoder\.patch_embed1\.", "encoder.patch_embed."),
-    (r"^encoder\.patch_embed([234])\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.downsample."),
-    (r"^encoder\.block([1234])\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.blocks."),
-    (r"^encoder\.norm([1234])\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.norm."),
+    (r"^encoder\.patch_embed([234])\.", _stage("encoder.stages.{}.downsample.")),
+    (r"^encoder\.block([1234])\.", _stage("encoder.stages.{}.blocks.")),
+    (r"^encoder\.norm([1234])\.", _stage("encoder.stages.{}.norm.")),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"^decoder\.linear_c([1234])\.proj\.", lambda m: f"decoder.project.{int(m[1]) - 1}."),
+    (r"^decoder\.linear_c([1234])\.proj\.", _stage("decoder.project.{}.")),
     (r"^decoder\.linear_fuse\.conv\.", "decoder.fuse."),
     (r"^decoder\.linear_fuse\.bn\.", "decoder.norm."),
     (r"^decoder\.linear_pred\.", "decoder.predict."),
     (r"^attn_proj\.", "affinity_head.proj."),
 ]
 _RENAME_HUB = [  # transformers' SegFormer → SegFormer
-    (r"^(segformer\.)?encoder\.patch_embeddings\.(\d)\.", lambda m: f"patch_embed{int(m[2]) + 1}."),
-    (r"^(segformer\.)?encoder\.block\.(\d)\.", lambda m: f"block{int(m[2]) + 1}."),
-    (r"^(segformer\.)?encoder\.layer_norm\.(\d)\.", lambda m: f"norm{int(m[2]) + 1}."),
+    (r"^encoder\.patch_embeddings\.(\d)\.", lambda m: f"patch_embed{int(m[1]) + 1}."),
+    (r"^encoder\.block\.(\d)\.", lambda m: f"block{int(m[1]) + 1}."),
+    (r"^encoder\.layer_norm\.(\d)\.", lambda m: f"norm{int(m[1]) + 1}."),
     (r"^(patch_embed\d)\.layer_norm\.", r"\1.norm."),
     (r"\.layer_norm_([12])\.", r".norm\1."),
     (r"\.attention\.self\.query\.", ".attn.q."),
@@ -122,81 +147,96 @@ _RENAME_HUB = [  # transformers' SegFormer → SegFormer
     (r"\.attention\.self\.layer_norm\.", ".attn.norm."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
+    (r"^classifier\.", "head."),
 ]
 
+# %% ../nbs/11_model.ipynb #33-11-model
 def _rename(state, table):
     for pattern, new in table: state = {re.sub(pattern, new, k): v for k, v in state.items()}
     return state
 
-# %% ../nbs/11_model.ipynb #11-11-model
-def convert_weights(state: dict,  # tensors by name: ours, a released AFA checkpoint's, SegFormer's `mit_b*.pth`, or transformers' SegFormer
-                   ) -> tuple[dict, str]:  # tensors by our names, and what they were
-    "Recognises a state dict by its names and renames it."
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    kind = "afa_nb checkpoint"
-    if any(".attention.self.query." in k for k in state):
-        kind, out = "transformers SegFormer encoder", {}
-        for k, v in state.items():
-            if ".attention.self.key." in k: out[k.replace("attention.self.key", "attn.kv")] = torch.cat([v, state[k.replace(".key.", ".value.")]])
-            elif ".attention.self.value." not in k: out[k] = v
-        state = _rename(out, _RENAME_HUB)
-    if any(k.startswith("patch_embed1.") for k in state):
-        kind = "SegFormer encoder" if kind.startswith("afa") else kind
-        state = {k if k.startswith(("head.", "classifier.", "decode_head.")) else f"encoder.{k}": v for k, v in state.items()}
-        state = {k: v for k, v in state.items() if k.startswith("encoder.")} | {f"(unused) {k}": v for k, v in state.items() if not k.startswith("encoder.")}
-    elif any(k.startswith("encoder.patch_embed1.") for k in state): kind = "released AFA checkpoint"
+def _join_key_value(state):
+    "transformers keeps the projections to K and V apart; everybody else has them in one matrix."
+    key, value = ".attention.self.key.", ".attention.self.value."
+    joined = {k.replace(key, ".attn.kv."): torch.cat([v, state[k.replace(key, value)]]) for k, v in state.items() if key in k}
+    return {k: v for k, v in state.items() if key not in k and value not in k} | joined
+
+# %% ../nbs/11_model.ipynb #34-11-model
+def convert_weights(state: dict,  # tensors by name, of any kind in the table
+                   ) -> tuple[dict, str]:  # tensors by our names, and the kind
+    "Recognises a state dict by its names and renames it. What we have no place for keeps its name. Raises `ValueError` for an unknown kind."
+    state = {k.removeprefix("module.").removeprefix("segformer."): v for k, v in state.items()}
+    kind = next((kind for kind, name in _KINDS.items() if name in state), None)
+    if kind is None: raise ValueError(f"its tensors ({', '.join(list(state)[:3])}, …) are of none of these kinds: {', '.join(_KINDS)}")
+    if kind.startswith("transformers"): state = _rename(_join_key_value(state), _RENAME_HUB)
+    if kind.endswith("encoder"): state = {k if k.startswith(("head.", "decode_head.")) else f"encoder.{k}": v for k, v in state.items()}
     return _rename(state, _RENAME), kind
 
-# %% ../nbs/11_model.ipynb #12-11-model
+# %% ../nbs/11_model.ipynb #38-11-model
 def read_state(path: Path) -> dict:
-    "The tensors of a .safetensors or torch file. Never unpickles code: raises `ValueError` for a file that would need it."
-    try: 
-        if path.suffix == ".safetensors": return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e: raise ValueError(f"{path} is refused: it holds more than tensors, and loading it could run code. Save its state dict alone (safetensors is best).") from e
-    except (SafetensorError, RuntimeError, EOFError) as e: raise ValueError(f"{path} cannot be read as weights ({e}): is the file complete?") from e
+    "The tensors of a safetensors or torch file. Never unpickles code. Raises `ValueError` for a file that would need it, is damaged, or holds something else."
+    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged file fails in many ways
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise ValueError(f"{path} is refused: it holds more than tensors ({code[1]}), and loading that could run code. Save the state dict alone, best as safetensors.") from None
+        raise ValueError(f"{path} cannot be read as weights ({type(e).__name__}): it is incomplete, or something else under that name.") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError(f"{path} holds no state dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError(f"{path} holds no state dict: a dict of tensors by name.")
     return state
 
-# %% ../nbs/11_model.ipynb #13-11-model
+# %% ../nbs/11_model.ipynb #42-11-model
+def _from_hub(name: str) -> Path:
+    "The weights of a hub repository, from the cache where they are there."
+    import huggingface_hub as hub
+    files = "model.safetensors", "pytorch_model.bin"
+    for file in files:
+        if isinstance(cached := hub.try_to_load_from_cache(name, file), str): return Path(cached)
+    hub.get_session().head(hub.constants.ENDPOINT, timeout=10)  # without network: fails here, not after five retries
+    for file in files:
+        try: return Path(hub.hf_hub_download(name, file))
+        except hub.errors.EntryNotFoundError as e: error = e
+    raise error
+
+# %% ../nbs/11_model.ipynb #43-11-model
 def find_weights(source: str | Path,  # a file, a run's folder, or a hub name such as "nvidia/mit-b1"
                 ) -> Path:
     "The file behind `source`. In a run's folder that is the best checkpoint, else the newest. Raises `FileNotFoundError` with what to do."
-    path = Path(source)
+    path = Path(source).expanduser()
+    if path.is_file(): return path
     if path.is_dir():
-        found = [p for p in (path / "model.safetensors", path / "best" / "model.safetensors") if p.exists()] or sorted(path.glob("checkpoints/*/model.safetensors"))[::-1]
-        if not found: raise FileNotFoundError(f"{path} holds no model.safetensors, neither in best/ nor in checkpoints/: is it a run's folder?")
+        found = [p for p in (path / "model.safetensors", path / "best" / "model.safetensors") if p.exists()] or sorted(path.glob("checkpoints/step-*/model.safetensors"))[::-1]
+        if not found: raise FileNotFoundError(f"{path} holds no model.safetensors, neither itself nor in best/ or checkpoints/: is it a run's folder?")
         return found[0]
-    if path.exists(): return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".pth", ".pt", ".safetensors"): raise FileNotFoundError(f"weights {source} not found")
-    from huggingface_hub import hf_hub_download
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        try: return Path(hf_hub_download(str(source), name))
-        except Exception as e: error = e
-    raise FileNotFoundError(f"weights {source} could not be had from the Hugging Face hub ({type(error).__name__}). Without network, download them "
-                            'elsewhere and give the file; for random weights say weights="none".') from error
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) or path.suffix in (".pth", ".pt", ".bin", ".safetensors"): raise FileNotFoundError(f"{source}: no such file or folder of weights")
+    try: return _from_hub(str(source))
+    except Exception as e: raise FileNotFoundError(f"{source}: no such file or folder, and the Hugging Face hub did not give it ({type(e).__name__}). Without network, fetch the weights elsewhere "
+                                                   'and give the file; for random weights say weights="none".') from None
 
-# %% ../nbs/11_model.ipynb #14-11-model
-def load_weights(net: AFANet,
-                 source: str | Path,  # our own checkpoint or run folder, a released AFA checkpoint, a SegFormer `mit_b*.pth`, or a hub name
-                 verbose: bool = True) -> dict:  # kind, file, and the names loaded, missing in the source, unused from it
-    "Fills `net` from `source` and says what was loaded and what was not. Raises `ValueError` for another architecture; never unpickles code."
-    path = find_weights(source)
-    state, kind = convert_weights(read_state(path))
-    own = net.state_dict()
-    loaded = [k for k in own if k in state]
-    wrong = [f"{k}: {tuple(state[k].shape)} there, {tuple(own[k].shape)} here" for k in loaded if state[k].shape != own[k].shape]
-    missing, unused = [k for k in own if k not in state], [k for k in state if k not in own]
-    absent = [k for k in missing if k.startswith("encoder.")] + [k for k in unused if k.startswith("encoder.")]
-    if kind in ("afa_nb checkpoint", "released AFA checkpoint"): absent += missing
-    if not loaded or wrong or absent:
-        what = wrong[:3] or (f"{n} only {'there' if n in state else 'here'}" for n in absent[:3])
-        raise ValueError(f"{path} ({kind}) is of another architecture than this network: {'; '.join(what)}. Check variant, num_classes and decoder_dim.")
-    net.load_state_dict({k: state[k] for k in loaded}, strict=False)
-    report = dict(kind=kind, file=str(path), loaded=loaded, missing=missing, unused=[k.removeprefix("(unused) ") for k in unused])
+# %% ../nbs/11_model.ipynb #46-11-model
+def _misfits(own, state, kind) -> list[str]:
+    "Why `state` cannot go into a network with the tensors `own`."
+    needed = [k for k in own if not k.endswith("num_batches_tracked") and (k.startswith("encoder.") or not kind.endswith("encoder"))]
+    return [f"{k} is {tuple(state[k].shape)} there and {tuple(own[k].shape)} here" for k in own if k in state and state[k].shape != own[k].shape] + \
+           [f"{k} is only here" for k in needed if k not in state] + \
+           [f"{k} is only there" for k in state if k not in own and k.startswith("encoder.")]
+
+# %% ../nbs/11_model.ipynb #47-11-model
+def load_weights(net: AFANet,  # on any device; changed in place
+                 source: str | Path,  # our own checkpoint or run folder, a released AFA checkpoint, an encoder's weights, or a hub name
+                 verbose: bool = True) -> dict:  # `kind`, `file`, and the names `loaded`, `missing` in the source, `unused` from it
+    "Fills `net` and says what was loaded and what was not. Raises `FileNotFoundError`, and `ValueError` for a file that is unreadable or of another architecture; never unpickles code."
+    path, own = find_weights(source), net.state_dict()
+    state = read_state(path)
+    try: state, kind = convert_weights(state)
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    there = state.get("classifier.weight", own["classifier.weight"])
+    if len(there) != net.num_classes - 1: raise ValueError(f"{path} ({kind}) was trained for {len(there) + 1} classes with the background, this network has {net.num_classes}: make it with num_classes={len(there) + 1}.")
+    if bad := _misfits(own, state, kind):
+        raise ValueError(f"{path} ({kind}) is of another architecture than this network: {'; '.join(bad[:3])}{f'; and {len(bad) - 3} more' if bad[3:] else ''}. Check variant and decoder_dim.")
+    report = dict(kind=kind, file=str(path), loaded=[k for k in own if k in state], missing=[k for k in own if k not in state], unused=[k for k in state if k not in own])
+    net.load_state_dict({k: state[k] for k in report["loaded"]}, strict=False)
     if verbose:
-        fresh = ", ".join(sorted({k.split(".")[0] for k in missing})) or "nothing"
-        print(f"{path.name} ({kind}): {len(loaded)} tensors loaded; left as they were: {fresh}; not used: {', '.join(report['unused']) or 'nothing'}")
+        fresh = ", ".join(sorted({k.split(".")[0] for k in report["missing"]})) or "nothing"
+        print(f"{path.name} ({kind}): {len(report['loaded'])} tensors loaded; left as they were: {fresh}; not used: {', '.join(report['unused']) or 'nothing'}")
     return report

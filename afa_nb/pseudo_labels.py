@@ -67,7 +67,7 @@ def _check(image, cam, class_labels, low, high, box=None):
 # %% ../nbs/09_pseudo_labels.ipynb #19-09-pseudo-labels
 @torch.no_grad()
 def _refined(par, image, cam, class_labels, scores, num_present, kernel=None):
-    maps, index = _compete(cam, class_labels, scores, half(image).shape[-2:], num_present)
+    maps, index = _compete(cam, class_labels, scores, [side // 2 for side in image.shape[-2:]], num_present)
     return _decide(par, image, maps, index, scores, kernel)
 
 # %% ../nbs/09_pseudo_labels.ipynb #20-09-pseudo-labels

@@ -31,9 +31,9 @@ def outline(kind:str, angle): # angle in radians, of any shape
     return inner*np.sin(half) / (inner*np.sin(half - a) + np.sin(a)) # the line from the corner to there
 
 # %% ../nbs/01_shapes.ipynb #11-01-shapes
-def coverage(kind:str, size:int, center, radius:float, turn:float, fine:int=3):
+def coverage(kind:str, size:int, center, radius:float, turn:float, core_radius:float=.4, fine:int=3):
     """How much of each pixel the object covers, and how much its core: float (2,size,size) in [0,1], from `fine`² points a pixel.
-    `center` (x,y) and `radius` in pixels, `turn` in radians."""
+    `center` (x,y) and `radius` in pixels, `turn` in radians, `core_radius` in radii."""
     cover = np.zeros((2, size, size))
     (x0, x1), (y0, y1) = ((max(0, int(c - radius)), min(size, int(c + radius) + 1)) for c in center)
     x, y = (((np.arange(a*fine, b*fine) + .5)/fine - c)/radius for a, b, c in ((x0, x1, center[0]), (y0, y1, center[1])))
@@ -41,7 +41,7 @@ def coverage(kind:str, size:int, center, radius:float, turn:float, fine:int=3):
     r = np.hypot(u, v)
     body = r < outline(kind, np.arctan2(v, u))
     if kind == "ring": body &= r > .5
-    core = body & (np.hypot(u - CORES[kind], v) < .38)
+    core = body & (np.hypot(u - CORES[kind], v) < core_radius)
     cover[:, y0:y1, x0:x1] = np.stack([body, core]).reshape(2, y1 - y0, fine, x1 - x0, fine).mean((2, 4))
     return cover
 
@@ -66,13 +66,13 @@ def _paint_object(rng, image, mask, center, radius):
     "An object of a random class on `image` (size,size,3) and `mask` (size,size)."
     label = int(rng.integers(1, len(SHAPE_CLASSES)))
     kind = SHAPE_CLASSES[label]
-    body, core = coverage(kind, len(mask), center, radius, rng.uniform(0, 2*np.pi))
+    body, core = coverage(kind, len(mask), center, radius, rng.uniform(0, 2*np.pi), rng.uniform(.35, .6))
     hue = (HUES[kind] + rng.uniform(-.03, .03)) % 1
     ground = image[mask == 0].mean(0)
     shade = rng.uniform(.1, .2)*(-1 if ground.mean() > .5 else 1)
-    body_color = ground + shade + .5*(np.array(colorsys.hsv_to_rgb(hue, .3, .6)) - .6)
+    body_color = ground + shade + rng.uniform(.4, 1)*(np.array(colorsys.hsv_to_rgb(hue, .5, .6)) - .6)
     core_color = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.75, 1)))
-    texture = .35*(image - ground)
+    texture = .35*(image - ground) + rng.uniform(0, .14)*noise(rng, len(mask), cells=(16, 32), strength=(1, .6))[..., None]
     for cover, color in ((body, body_color), (core, core_color)):
         image[:] = image*(1 - cover[..., None]) + (color + texture)*cover[..., None]
     mask[body > .5] = label
@@ -81,7 +81,7 @@ def _paint_object(rng, image, mask, center, radius):
 def _free_place(rng, size, discs, tries=30):
     "A random center (x,y) and radius whose disc hardly overlaps those in `discs`; None if there is no room."
     for _ in range(tries):
-        radius = rng.uniform(.15, .27)*size
+        radius = rng.uniform(.22, .38)*size
         center = rng.uniform(.7*radius, size - .7*radius, 2)
         if all(np.hypot(*(center - c)) > .9*(radius + r) for c, r in discs): return center, radius
 
@@ -100,7 +100,7 @@ def draw(rng, size:int=96):
     return (image.clip(0, 1)*255 + .5).astype(np.uint8), mask
 
 # %% ../nbs/01_shapes.ipynb #27-01-shapes
-VERSION = 1 # of the pictures: counts up whenever they change
+VERSION = 3 # of the pictures: counts up whenever they change
 
 def make_shapes(root, # folder to write, in VOC's layout with splits train and val
                 num_train:int=600, num_val:int=120, # pictures

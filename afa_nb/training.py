@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -379,6 +380,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
           verbose: bool = True) -> Path:
     "Trains, evaluates and gives the run's folder with `config.json`, `metrics.jsonl`, `checkpoints/` and `best/`. The same call again continues an unfinished run."
     check(config)
+    AcceleratorState._reset_state()  # else a second run in the same session could not choose another precision
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), gradient_accumulation_steps=config.accumulate,
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     main, say = accelerator.is_main_process, accelerator.print if verbose else (lambda *a: None)
@@ -475,11 +477,15 @@ def _keep_best(net, row, metrics, run_dir):
     if row["seg"] > before: save_weights(net, run_dir / "best" / "model.safetensors", step=row["step"], miou=row["seg"])
 
 def _live_curves(metrics):
-    "A function that redraws the curves in place; needs a notebook."
+    "A function that draws the curves below the cell, and from the second call on in the same place."
     from IPython.display import display
     from afa_nb.figures import curves
-    handle = display(display_id=True)
-    return lambda: handle.update(curves(metrics.rows))
+    handle = None
+    def redraw():
+        nonlocal handle
+        if handle: handle.update(curves(metrics.rows))
+        else: handle = display(curves(metrics.rows), display_id=True)
+    return redraw
 
 # %% ../nbs/13_training.ipynb #43-13-training
 def load_run(run_dir,  # of `train`

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from afa_nb.shapes import make_shapes
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,8 +35,9 @@ def test_both_commands_set_up_alike():
 
 
 def test_library_example_runs(tmp_path):
+    data = make_shapes(tmp_path / "shapes", num_train=16, num_val=2)
     code = re.search(r"^```python\n(.*?)^```", README, re.M | re.S)[1]
-    short = code.replace('preset("demo")', 'preset("demo", max_iters=3, cam_iters=1, aff_iters=2, eval_every=3, eval_limit=2, save_every=3)')
+    short = code.replace('preset("demo")', f'preset("demo", max_iters=3, cam_iters=1, aff_iters=2, data_root={str(data)!r})')
     assert short != code
     done = subprocess.run([sys.executable, "-c", short], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

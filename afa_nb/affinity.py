@@ -20,7 +20,7 @@ class AffinityHead(nn.Module):
         self.proj = nn.Conv2d(channels, 1, 1)  # a convolution, so that released checkpoints load
 
     def forward(self, attention: torch.Tensor,  # S (B,channels,N,N), logits
-               ) -> torch.Tensor:  # A (B,N,N) in (0,1), exactly symmetric
+               ) -> torch.Tensor:  # A (B,N,N) in (0,1), symmetric
         "Mixes, then transposes. Raises `ValueError` for another number of maps, or maps that are not square."
         B, n, *grid = attention.shape
         if n != self.proj.in_channels or len(grid) != 2 or grid[0] != grid[1]:

@@ -15,21 +15,21 @@ import torch.nn.functional as F
 def topk_pool(features: torch.Tensor,  # (B,C,H,W)
               k="max",  # share in (0,1] of positions to average: 1.0 is average pooling; "max" is maximum pooling
              ) -> torch.Tensor:  # (B,C)
-    "§4.2: the mean of the largest values of each map. Raises `ValueError` for any other `k`."
+    "§4.2: the mean of the largest values of each map, at least one. Raises `ValueError` for any other `k`."
     if k == "max": return features.amax((2, 3))
     if isinstance(k, str) or not 0 < k <= 1: raise ValueError(f'k must be "max" or a share in (0,1], not {k!r}')
     if k == 1: return features.mean((2, 3))
     x = features.flatten(2)
-    return x.topk(max(1, int(k * x.shape[-1])), dim=-1).values.mean(-1)
+    return x.topk(max(1, round(k * x.shape[-1])), dim=-1).values.mean(-1)
 
-# %% ../nbs/05_cam.ipynb #07-05-cam
-def class_activation(features: torch.Tensor,  # (B,d,h,w), last stage
-                     weight: torch.Tensor,  # (K,d) or (K,d,1,1), the classifier's
+# %% ../nbs/05_cam.ipynb #10-05-cam
+def class_activation(features: torch.Tensor,  # F (B,d,h,w), last stage
+                     weight: torch.Tensor,  # W (K,d) or (K,d,1,1), the classifier's
                     ) -> torch.Tensor:  # (B,K,h,w)
     "Eq. 2 before its ReLU: every class's evidence at every token, without gradient."
     return F.conv2d(features.detach(), weight.detach().view(len(weight), -1, 1, 1))
 
-# %% ../nbs/05_cam.ipynb #08-05-cam
+# %% ../nbs/05_cam.ipynb #15-05-cam
 def normalize_cam(cam: torch.Tensor,  # (B,K,h,w) raw
                  ) -> torch.Tensor:  # (B,K,h,w) in [0,1]
     "ReLU of Eq. 2, then each map stretched to [0,1] by its own minimum and maximum. A map without evidence stays 0."
@@ -37,57 +37,58 @@ def normalize_cam(cam: torch.Tensor,  # (B,K,h,w) raw
     cam = cam - cam.amin((2, 3), keepdim=True)
     return cam / (cam.amax((2, 3), keepdim=True) + 1e-5)
 
-# %% ../nbs/05_cam.ipynb #10-05-cam
+# %% ../nbs/05_cam.ipynb #23-05-cam
 @torch.no_grad()
 def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w), affinity (B,N,N) or None`
                     image: torch.Tensor,  # (B,3,H,W) normalised
-                    scales=(1, .5, 1.5),  # of the image
+                    scales=(1, .5, 1.5),  # of the image's sides
                     first: torch.Tensor | None = None,  # raw cam (B,K,h,w) of the image itself, if it is known already: saves one pass
                    ) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W) in [0,1]; affinity (B,N',N') of the largest scale
     "§3.2: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
-    H, W = image.shape[-2:]
-    if min(scales) <= 0: raise ValueError(f"scales must be positive, not {scales}")
+    if min(scales, default=0) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
+    size, total, affinity = image.shape[-2:], 0, None
     resize = lambda x, size: x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-    total, largest, affinity = 0, max(scales), None
     for s in scales:
-        x = resize(image, (int(s * H), int(s * W)))
-        if s == largest: known, affinity = model.cam(x)
-        elif s == 1 and first is not None: known = first
-        else: known = None
-        if known is not None: mirrored = model.cam(x.flip(-1), affinity=False)[0]
-        else: known, mirrored = model.cam(torch.cat([x, x.flip(-1)]), affinity=False)[0].chunk(2)
-        total = total + torch.maximum(resize(known.detach().float(), (H, W)), resize(mirrored.float(), (H, W)).flip(-1)).relu()
+        x = resize(image, torch.Size(int(s * side) for side in size))
+        if s == max(scales): cam, affinity = model.cam(x)
+        elif s == 1 and first is not None: cam = first.detach()
+        else: cam = None
+        if cam is not None: mirrored = model.cam(x.flip(-1), affinity=False)[0]
+        else: cam, mirrored = model.cam(torch.cat([x, x.flip(-1)]), affinity=False)[0].chunk(2)
+        total = total + torch.maximum(resize(cam.float(), size), resize(mirrored.float(), size).flip(-1)).relu()
     return normalize_cam(total), affinity
 
-# %% ../nbs/05_cam.ipynb #12-05-cam
+# %% ../nbs/05_cam.ipynb #31-05-cam
 def box_mask(box: torch.Tensor,  # (B,4) rows (y0,y1,x0,x1), half-open
              height: int, width: int) -> torch.Tensor:  # (B,height,width) bool
-    "True where a padded crop shows the picture."
+    "True where a padded crop shows the picture. Raises `ValueError` for a box of another shape."
+    if box.ndim != 2 or box.shape[1] != 4: raise ValueError(f"box must be (B,4) with rows (y0,y1,x0,x1), got {tuple(box.shape)}")
     y, x = torch.arange(height, device=box.device)[None, :, None], torch.arange(width, device=box.device)[None, None]
     y0, y1, x0, x1 = (v[:, None, None] for v in box.unbind(1))
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
-# %% ../nbs/05_cam.ipynb #13-05-cam
-def cam_to_label(cam: torch.Tensor,  # (B,K,H,W) in [0,1]
+# %% ../nbs/05_cam.ipynb #34-05-cam
+def cam_to_label(cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
                  class_labels: torch.Tensor,  # (B,K) in {0,1}
                  background: float = .45,  # background score β, used if `low` and `high` are not given
                  low: float | None = None, high: float | None = None,  # β_l and β_h: between them a pixel is ignored
                  box: torch.Tensor | None = None,  # (B,4); outside is ignored
-                 ignore_index: int = 255) -> torch.Tensor:  # (B,H,W) long
-    "Eq. 4: the strongest present class where it beats the background score(s)."
+                 ignore_index: int = 255) -> torch.Tensor:  # Y_p (B,H,W) long
+    "Eq. 4: the strongest present class where it beats the background score(s). Raises `ValueError` where shapes or scores do not fit."
+    if cam.ndim != 4 or cam.shape[:2] != class_labels.shape: raise ValueError(f"cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)} must be (B,K,H,W) and (B,K)")
+    if (low is None) != (high is None): raise ValueError("give low and high together, or neither")
     value, label = (cam * class_labels[:, :, None, None].to(cam.dtype)).max(1)
     label = label + 1
-    if (low is None) != (high is None): raise ValueError("give low and high together, or neither")
     if low is None: label = label.masked_fill(value <= background, 0)
     else:
         if not 0 <= low <= high <= 1: raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
         label = label.masked_fill(value <= high, ignore_index).masked_fill(value <= low, 0)
     return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:]), ignore_index)
 
-# %% ../nbs/05_cam.ipynb #15-05-cam
+# %% ../nbs/05_cam.ipynb #41-05-cam
 def background_softmax(cam: torch.Tensor,  # (B,K,h,w) in [0,1]
                        class_labels: torch.Tensor,  # (B,K) in {0,1}
-                       background: float,  # score of the constant background channel
+                       background: float,  # score β of the constant background channel
                       ) -> torch.Tensor:  # (B,K+1,h,w), absent classes 0
     "Softmax over the background channel and the present classes."
     scores = torch.cat([torch.full_like(cam[:, :1], background), cam], 1)

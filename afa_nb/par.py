@@ -95,13 +95,14 @@ class PAR(_Refinement):
         if not (rgb or position): raise ValueError("at least one of rgb and position must be on")
         if min(w1, w2) <= 0 or w3 < 0: raise ValueError(f"w1 and w2 must be positive and w3 not negative, got {w1}, {w2}, {w3}")
         self.w1, self.w2, self.w3, self.rgb, self.position = w1, w2, w3, rgb, position
+        P = torch.tensor(self.offsets, dtype=torch.float32).norm(dim=1)
+        self.register_buffer("k_pos", (-(P / (w2 * P.std())) ** 2).softmax(0)[:, None, None], persistent=False)  # (48,1,1)
 
     def weights(self, neighbours: torch.Tensor,  # I_kl (B,3,48,H,W); overwritten
                 centre: torch.Tensor,  # I_ij (B,3,1,H,W)
                ) -> torch.Tensor:  # κ (B,48,H,W)
         "Eq. 8–9."
-        P = torch.tensor(self.offsets, dtype=torch.float32).norm(dim=1)
-        k_pos = (-(P / (self.w2 * P.std())) ** 2).softmax(0)[None, :, None, None].to(centre.device, non_blocking=True)
+        k_pos = self.k_pos.to(centre.device, non_blocking=True)
         if not self.rgb: return k_pos
         scale = 1 / (self.w1 * (_spread(neighbours) + 1e-8))
         k_rgb = neighbours.sub_(centre).mul_(scale).square_().mean(1).neg_().softmax(1)

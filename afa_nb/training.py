@@ -91,9 +91,9 @@ class Config:
 PRESETS = dict(
     voc={},
     coco=dict(run_dir="runs/coco", train_split="train", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
-    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, decoder_dim=64, max_iters=1000, cam_iters=300, aff_iters=600,
-              warmup_iters=30, batch_size=16, lr=1e-3, head_lr_ratio=1., norm_lr_ratio=1., crop_size=96, scale=(.75, 1.5), long_side=None,
-              eval_every=250, eval_limit=60, save_every=100, log_every=20, num_workers=0),
+    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
+              warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., norm_lr_ratio=1., crop_size=96, scale=(.75, 1.1), long_side=None, lambda_reg=0.,
+              cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
 )
 
 def preset(name: str,  # a row of `PRESETS`

@@ -37,7 +37,7 @@ def normalize_cam(cam: torch.Tensor,  # (B,K,h,w) raw
     cam = cam - cam.amin((2, 3), keepdim=True)
     return cam / (cam.amax((2, 3), keepdim=True) + 1e-5)
 
-# %% ../nbs/05_cam.ipynb #23-05-cam
+# %% ../nbs/05_cam.ipynb #25-05-cam
 @torch.no_grad()
 def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w), affinity (B,N,N) or None`
                     image: torch.Tensor,  # (B,3,H,W) normalised
@@ -58,7 +58,7 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
         total = total + torch.maximum(resize(cam.float(), size), resize(mirrored.float(), size).flip(-1)).relu()
     return normalize_cam(total), affinity
 
-# %% ../nbs/05_cam.ipynb #31-05-cam
+# %% ../nbs/05_cam.ipynb #33-05-cam
 def box_mask(box: torch.Tensor,  # (B,4) rows (y0,y1,x0,x1), half-open
              height: int, width: int) -> torch.Tensor:  # (B,height,width) bool
     "True where a padded crop shows the picture. Raises `ValueError` for a box of another shape."
@@ -67,7 +67,7 @@ def box_mask(box: torch.Tensor,  # (B,4) rows (y0,y1,x0,x1), half-open
     y0, y1, x0, x1 = (v[:, None, None] for v in box.unbind(1))
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
-# %% ../nbs/05_cam.ipynb #34-05-cam
+# %% ../nbs/05_cam.ipynb #36-05-cam
 def cam_to_label(cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
                  class_labels: torch.Tensor,  # (B,K) in {0,1}
                  background: float = .45,  # background score β, used if `low` and `high` are not given
@@ -85,7 +85,7 @@ def cam_to_label(cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
         label = label.masked_fill(value <= high, ignore_index).masked_fill(value <= low, 0)
     return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:]), ignore_index)
 
-# %% ../nbs/05_cam.ipynb #41-05-cam
+# %% ../nbs/05_cam.ipynb #43-05-cam
 def background_softmax(cam: torch.Tensor,  # (B,K,h,w) in [0,1]
                        class_labels: torch.Tensor,  # (B,K) in {0,1}
                        background: float,  # score β of the constant background channel

@@ -103,7 +103,7 @@ def draw(rng, size:int=96):
 VERSION = 3 # of the pictures: counts up whenever they change
 
 def make_shapes(root, # folder to write, in VOC's layout with splits train and val
-                num_train:int=600, num_val:int=120, # pictures
+                num_train:int=2400, num_val:int=120, # pictures
                 size:int=96, # their side in pixels
                 seed:int=0) -> Path:
     """Write the data set and return `root`. If it is there already, made with the same parameters, it is used again.
@@ -140,6 +140,6 @@ def _write(root, made_with):
             save_mask(mask, root/"SegmentationClass"/f"{name}.png")
 
 # %% ../nbs/01_shapes.ipynb #30-01-shapes
-def shapes_root(num_train:int=600, num_val:int=120, size:int=96, seed:int=0) -> Path:
+def shapes_root(num_train:int=2400, num_val:int=120, size:int=96, seed:int=0) -> Path:
     "`make_shapes` in the cache folder (`data.cache_dir`): the data set of the demo."
     return make_shapes(cache_dir()/f"shapes-v{VERSION}-{num_train}-{num_val}-{size}-{seed}", num_train, num_val, size, seed)

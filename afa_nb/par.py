@@ -38,7 +38,7 @@ def refine(kernel: torch.Tensor,  # κ (B,48,H,W)
     B, C, H, W = masks.shape
     index = neighbour_index(B, H, W, tuple(offsets), masks.device)
     kernel = kernel.permute(0, 2, 3, 1).reshape(index.shape)
-    masks = masks.permute(0, 2, 3, 1).reshape(-1, C)
+    masks = masks.permute(0, 2, 3, 1).reshape(-1, C).contiguous()
     for _ in range(num_iter): masks = F.embedding_bag(index, masks, mode="sum", per_sample_weights=kernel)
     return masks.view(B, H, W, C).permute(0, 3, 1, 2)
 

@@ -11,6 +11,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from .cam import box_mask
+from .par import gpu_kernels
 
 # %% ../nbs/10_losses.ipynb #07-10-losses
 def classification_loss(logits: torch.Tensor,  # z (B,K)
@@ -37,9 +38,10 @@ def segmentation_loss(logits: torch.Tensor,  # z (B,C,h,w); resized to the targe
 @torch.no_grad()
 def bilateral_filter(features: torch.Tensor,  # f (B,d,P): position and colour of each pixel, divided by their σ
                      values: torch.Tensor,  # s (B,C,P)
-                     chunk: int | None = None,  # rows and columns of W that exist at a time; None: 256 on the CPU, whose cache a tile shall fit, else 2048
+                     chunk: int | None = None,  # rows and columns of W that exist at a time, in PyTorch's operations; None: the GPU's kernel, or 256 on the CPU, whose cache a tile shall fit, or 2048
                     ) -> torch.Tensor:  # W s (B,C,P), float32
     "Exactly W s with W_ij = exp(−½‖f_i − f_j‖²), i = j included. Time O(P²), memory O(P + chunk²). Without gradient: `DenseEnergyLoss` has its own."
+    if not chunk and (gpu := gpu_kernels(values.device)): return gpu.bilateral_filter(features, values)
     chunk = chunk or (256 if values.device.type == "cpu" else 2048)
     with torch.autocast(values.device.type, enabled=False):  # a difference of large numbers: bf16 would leave nothing of it
         f, s = features.float(), values.float()

@@ -16,7 +16,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 
 # %% ../nbs/04_encoder.ipynb #05-04-encoder
 VARIANTS = {
-    "mit_tiny": dict(widths=(32, 64, 96, 128), depths=(1, 1, 2, 2), heads=(1, 2, 4, 8)),
+    "mit_tiny": dict(widths=(32, 64, 96, 128), depths=(1, 1, 1, 1), heads=(1, 2, 4, 8)),
     "mit_b0": dict(widths=(32, 64, 160, 256), depths=(2, 2, 2, 2), heads=(1, 2, 5, 8)),
     "mit_b1": dict(widths=(64, 128, 320, 512), depths=(2, 2, 2, 2), heads=(1, 2, 5, 8)),
     "mit_b2": dict(widths=(64, 128, 320, 512), depths=(3, 4, 6, 3), heads=(1, 2, 5, 8)),

@@ -22,7 +22,7 @@ from .transforms import normalize
 from .model import AFANet
 from .cam import multi_scale_cam, cam_to_label
 from .par import PAR
-from .pseudo_labels import half, refined_label, propagated_label
+from .pseudo_labels import half, refined_label, propagated_label, token_grid
 
 # %% ../nbs/12_evaluation.ipynb #05-12-evaluation
 class ConfusionMatrix:
@@ -209,8 +209,8 @@ def dense_crf_pool(
 
 # %% ../nbs/12_evaluation.ipynb #33-12-evaluation
 LADDER = ("cam", "cam_par", "propagated", "propagated_par", "seg", "seg_ms", "seg_ms_author", "seg_crf")
-_RAW = ("raw_attention", "raw_attention_par")
-_OF_CAM = frozenset((*LADDER[:4], *_RAW))
+_EXTRA = ("raw_attention", "raw_attention_par", "oracle", "oracle_par")  # on request
+_OF_CAM = frozenset((*LADDER[:4], *_EXTRA))
 
 def raw_affinity(
     attention, # (B,heads,N,N), unscaled logits $QK^\top$
@@ -228,12 +228,18 @@ def _attention_affinity(net, x, scale):
     return raw_affinity(net(_resize(x, [int(scale * side) for side in x.shape[-2:]]), seg=False).attention, scales[-1])
 
 def _check_rungs(rungs):
-    unknown = [r for r in rungs if r not in LADDER + _RAW]
-    if unknown or not rungs: raise ValueError(f"unknown rung {unknown[0]!r}; the rungs are {', '.join(LADDER + _RAW)}" if unknown else "give at least one rung")
+    unknown = [r for r in rungs if r not in LADDER + _EXTRA]
+    if unknown or not rungs: raise ValueError(f"unknown rung {unknown[0]!r}; the rungs are {', '.join(LADDER + _EXTRA)}" if unknown else "give at least one rung")
+
+def _true_affinity(mask, grid):
+    "(B,H,W) → (B,N,N): 1 where the middle pixels of two tokens of the `grid` (h,w) have the same class."
+    tokens = F.interpolate(mask[:, None].float(), grid, mode="nearest-exact").flatten(1)
+    return (tokens[:, :, None] == tokens[:, None]).float()
 
 # %% ../nbs/12_evaluation.ipynb #37-12-evaluation
-def _climb(net, image, class_labels, rungs, par, scales, background, radius, protocol, long_side):
-    "Classification logits, and for each rung labels (B,H,W), or (B,C,H,W) probabilities for `seg_crf`. `image` is uint8 (B,3,H,W) on the network's device."
+def _climb(net, image, class_labels, mask, rungs, par, scales, background, radius, alpha, protocol, long_side):
+    "Classification logits, and for each rung labels (B,H,W), or (B,C,H,W) probabilities for `seg_crf`. `image` is uint8 (B,3,H,W) on the network's device; `mask` (B,H,W) or None."
+    if mask is None and {"oracle", "oracle_par"} & set(rungs): raise ValueError("the oracle rungs need the mask")
     x = normalize(image)
     here, first = net(x, seg="seg" in rungs, affinity=False, with_cam=True)
     cam, affinity = multi_scale_cam(net, x, scales, first) if _OF_CAM & set(rungs) else (None, None)
@@ -241,7 +247,8 @@ def _climb(net, image, class_labels, rungs, par, scales, background, radius, pro
     once = lambda small, masks, _: par(small, masks, kernel())
     attention = functools.cache(lambda: _attention_affinity(net, x, max(scales)))
     logits = functools.cache(lambda name: predict(net, x, protocol=name, long_side=long_side))
-    walk = lambda par, affinity: propagated_label(par, x, cam, affinity, class_labels, background, radius)
+    walk = lambda par, affinity: propagated_label(par, x, cam, affinity, class_labels, background, radius, alpha)
+    oracle = functools.cache(lambda: _true_affinity(mask, token_grid(affinity.shape[-1], *x.shape[-2:])))
     steps = dict(
         cam=lambda: cam_to_label(cam, class_labels, background),
         cam_par=lambda: refined_label(once, x, cam, class_labels, background),
@@ -249,6 +256,8 @@ def _climb(net, image, class_labels, rungs, par, scales, background, radius, pro
         propagated_par=lambda: walk(once, affinity),
         raw_attention=lambda: walk(None, attention()),
         raw_attention_par=lambda: walk(once, attention()),
+        oracle=lambda: walk(None, oracle()),
+        oracle_par=lambda: walk(once, oracle()),
         seg=lambda: _resize(here.seg.float(), x.shape[-2:]).argmax(1),
         seg_ms=lambda: logits(protocol).argmax(1),
         seg_ms_author=lambda: logits("author").argmax(1),
@@ -264,16 +273,17 @@ def ladder_labels(
     par=None, # a `PAR`; None: the paper's
     scales=(1, .5, 1.5), # of the CAM
     background=.45, # background score of the CAM
-    radius=8, # of the random walk, in tokens
+    radius=8, alpha=2., # of the random walk, in tokens; power of the affinity
     protocol="released", # of `seg_ms` and `seg_crf`
     long_side="protocol", # see `predict`
+    mask=None, # integers (B,H,W), for the oracle rungs
 ) -> dict: # rung → integer (B,H,W), without ignored pixels
     "The label of every rung for a batch, for instance to draw them with `figures.ladder`. Raises `ValueError` for an unknown rung or an image that is not uint8."
     _check_rungs(rungs)
     if image.dtype != torch.uint8: raise ValueError(f"image must be uint8, the picture before any transform, got {image.dtype}")
     device = next(net.parameters()).device
     with _eval_mode(net):
-        _, labels = _climb(net, image.to(device), class_labels.to(device), rungs, par or PAR(), scales, background, radius, protocol, long_side)
+        _, labels = _climb(net, image.to(device), class_labels.to(device), None if mask is None else mask.to(device), rungs, par or PAR(), scales, background, radius, alpha, protocol, long_side)
     if "seg_crf" in labels:
         items = [(None, *pair) for pair in zip(image, labels["seg_crf"])]
         labels["seg_crf"] = torch.stack([torch.from_numpy(label) for _, label in dense_crf_pool(items, 0, hard=True)])
@@ -316,7 +326,7 @@ def evaluate(
     dataset, # of samples with masks, without a transform: `data.voc`, …
     ladder=LADDER, # rungs to report; see the table above
     limit:int=None, # at most so many images, evenly spaced over the list
-    par=None, scales=(1, .5, 1.5), background=.45, radius=8, protocol="released", long_side="protocol", # as in `ladder_labels`
+    par=None, scales=(1, .5, 1.5), background=.45, radius=8, alpha=2., protocol="released", long_side="protocol", # as in `ladder_labels`
     batch_size:int=4, # images of equal size at a time
     num_workers:int=0, # processes that read images
     crf_workers:int=None, # processes that run the CRF; None: one per core; 0: none
@@ -332,7 +342,7 @@ def evaluate(
     start, net = time.perf_counter(), net if accelerator is None else accelerator.unwrap_model(net)
     if net.num_classes != len(dataset.classes): raise ValueError(f"the network has {net.num_classes} classes, the data set {len(dataset.classes)} (background included)")
     device = next(net.parameters()).device
-    settings = dict(rungs=ladder, par=par or PAR(), scales=scales, background=background, radius=radius, protocol=protocol, long_side=long_side)
+    settings = dict(rungs=ladder, par=par or PAR(), scales=scales, background=background, radius=radius, alpha=alpha, protocol=protocol, long_side=long_side)
     matrices = {rung: ConfusionMatrix(len(dataset.classes), device=device) for rung in ladder}
     tags = torch.zeros(4, dtype=torch.float64, device=device) # sums of F1 and hits, images with tags, images
     batches = _size_batches(dataset, _subset(dataset, limit, accelerator), batch_size, num_workers)
@@ -350,7 +360,7 @@ def _measure(net, batches, settings, matrices, tags, bar):
     for batch in batches:
         if "mask" not in batch: raise ValueError(f"{batch['name'][0]}: no mask to compare with; load the data set with masks")
         image, mask, class_labels = (batch[key].to(device, non_blocking=True) for key in ("image", "mask", "class_labels"))
-        cls, labels = _climb(net, image, class_labels, **settings)
+        cls, labels = _climb(net, image, class_labels, mask, **settings)
         f1, hit = tag_scores(cls, class_labels)
         tagged = class_labels.sum(1) > 0
         tags += torch.stack([(f1 * tagged).sum(), (hit * tagged).sum(), tagged.sum(), torch.tensor(len(image), device=device)]).double()

@@ -230,7 +230,7 @@ def ladder(
     return ladder_grid([(image, found, mask)], classes, width)
 
 # %% ../nbs/03_figures.ipynb #40-03-figures
-RUNGS = dict(cam="CAM", cam_par="CAM + PAR", raw_attention="raw attention", raw_attention_par="raw attention + PAR",
+RUNGS = dict(cam="CAM", cam_par="CAM + PAR", raw_attention="raw attention", raw_attention_par="raw attention + PAR", oracle="true affinity", oracle_par="true affinity + PAR",
              propagated="propagated", propagated_par="propagated + PAR", seg="segmentation", seg_ms="multi-scale + flip",
              seg_ms_author="multi-scale, author's", seg_crf="+ CRF")
 _LOSSES = dict(loss="total", loss_cls="classification", loss_aff="affinity", loss_seg="segmentation", loss_reg="−regularisation")
@@ -256,7 +256,7 @@ def curves(
         if steps: left.plot(steps, np.abs(values), label=name, color="black" if key == "loss" else f"C{i - 1}", linewidth=1.6 if key == "loss" else 1.1)
     for i, (key, name) in enumerate(RUNGS.items()):
         steps, values = _series(evals, key)
-        if steps: right.plot(steps, 100 * np.array(values), label=name, color=f"C{i}", marker="os+xD^v<>*"[i], markersize=4, linewidth=1.2)
+        if steps: right.plot(steps, 100 * np.array(values), label=name, color=f"C{i}", marker="os+xD^v<>*ph"[i], markersize=4, linewidth=1.2)
     left.set_yscale("log")
     for ax, title in ((left, "loss"), (right, f"mIoU on {split}, %")):
         ax.set_title(title, fontsize=9)

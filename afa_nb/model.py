@@ -76,13 +76,14 @@ class AFANet(nn.Module):
                  variant="mit_b1",  # a row of `encoder.VARIANTS`, a dict of its settings, or a module that gives what `MixTransformer` gives
                  pooling="max",  # before the classifier: "max", or a share in (0,1] for top-k pooling
                  stride: int = 16,  # pixels per token of the last stage; for a module, what it has
-                 decoder_dim: int = 256):
+                 decoder_dim: int = 256,
+                 drop_path: float = .1):  # of the encoder, for a variant: see `MixTransformer`
         "Raises `ValueError` for a setting that makes no sense, or an encoder whose output does."
         super().__init__()
         if num_classes < 2: raise ValueError(f"num_classes counts the background, so it is at least 2, not {num_classes}")
         topk_pool(torch.zeros(1, 1, 2, 2), pooling)  # an impossible pooling fails here and not in the first step
         self.num_classes, self.pooling, self.stride = num_classes, pooling, stride
-        self.encoder = variant if isinstance(variant, nn.Module) else MixTransformer(variant, stride)
+        self.encoder = variant if isinstance(variant, nn.Module) else MixTransformer(variant, stride, drop_path)
         widths, channels, found = _sizes(self.encoder)
         if found != stride: raise ValueError(f"the encoder's last stage has {found} pixels per token, not {stride}: give stride={found}")
         self.classifier = nn.Conv2d(widths[-1], num_classes - 1, 1, bias=False)

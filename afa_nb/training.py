@@ -48,6 +48,7 @@ class Config:
     stride: int = 16  # pixels per token
     pooling: str | float = "max"  # or a share in (0,1]
     decoder_dim: int = 256
+    drop_path: float = .1  # stochastic depth of the encoder
     # schedule, in iterations
     max_iters: int = 20_000
     cam_iters: int = 2_000  # until here only the classification loss
@@ -93,7 +94,7 @@ PRESETS = dict(
     coco=dict(run_dir="runs/coco", train_split="train", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
     demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., norm_lr_ratio=1., crop_size=96, scale=(.75, 1.1), long_side=None, lambda_reg=0.,
-              cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
+              drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
 )
 
 def preset(name: str,  # a row of `PRESETS`
@@ -136,6 +137,7 @@ def check(config: Config):
     c = config
     variant_of(c.backbone)
     rules = [
+        (0 <= c.drop_path < 1, f"drop_path must lie in [0,1), not {c.drop_path}"),
         (c.stride in (8, 16, 32), f"stride must be 8, 16 or 32, not {c.stride}"),
         (c.crop_size >= c.stride, f"crop_size {c.crop_size} is smaller than the stride {c.stride}: a crop must hold at least one token"),
         (int(min(c.cam_scales) * c.crop_size) >= 32, f"crop_size {c.crop_size} at the smallest of cam_scales {c.cam_scales} is below 32 pixels, the least the encoder takes"),
@@ -347,7 +349,7 @@ class Metrics:
 def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
     "The network of a run with the weights it starts from."
     torch.manual_seed(config.seed)
-    net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim)
+    net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
     if config.weights != "none": load_weights(net, f"nvidia/{config.backbone.replace('_', '-')}" if config.weights == "auto" else config.weights, verbose)
     return net
 
@@ -465,7 +467,7 @@ def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, acceler
     "Adds one row of the ladder to the metrics."
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         row = evaluate(net, dataset, ladder=ladder, limit=limit, par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background,
-                       radius=config.radius, long_side=config.long_side, accelerator=accelerator, num_workers=config.num_workers)
+                       radius=config.radius, alpha=config.alpha, long_side=config.long_side, accelerator=accelerator, num_workers=config.num_workers)
     name = "shapes" if config.data_root is None else Path(config.data_root).name
     row.update(kind="eval", step=step, split=split, data=name, seed=config.seed, final=final, device=device_name(row["device"]))
     metrics.add(**row)
@@ -497,7 +499,7 @@ def load_run(run_dir,  # of `train`
     values = json.loads((run_dir / "config.json").read_text())
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} | dict(run_dir=str(run_dir)))
     classes = (run_dir / "classes.txt").read_text().splitlines()
-    net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim)
+    net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
     folder = run_dir / "best" if best else newest_checkpoint(run_dir)
     if folder is None or not (folder / "model.safetensors").exists(): raise FileNotFoundError(f"{run_dir} holds no whole checkpoint yet")
     load_weights(net, folder / "model.safetensors", verbose=False)

@@ -128,7 +128,7 @@ def _queries_and_keys(features):  # f (B,5,P) → two of (B,P,32), float16
     one = torch.tensor([1024, 1, 1], dtype=torch.half, device=g.device).expand(*g.shape[:2], 3)
     queries = torch.cat([high, split(rest + 15), one, low, low, high], 2)
     keys = torch.cat([high, one, split(rest), low, high, low], 2)
-    pad = (0, max(16, triton.next_power_of_2(keys.shape[2])) - keys.shape[2])
+    pad = (0, max(16, 1 << (keys.shape[2] - 1).bit_length()) - keys.shape[2])  # to a power of two, 32
     return F.pad(queries, pad), F.pad(keys, pad)
 
 # %% ../nbs/17_kernels.ipynb #33-17-kernels

@@ -65,7 +65,7 @@ class _Refinement(nn.Module):
               ) -> torch.Tensor:  # κ (B,48,H,W); on the CPU channels last
         "How much each neighbour of each pixel counts."
         if image.ndim != 4: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
-        if self.fused() and (gpu := gpu_kernels(image.device)): return gpu.neighbour_weights(image.float(), self.offsets, **self.fused())
+        if (settings := self.fused()) and (gpu := gpu_kernels(image.device)): return gpu.neighbour_weights(image.float(), self.offsets, **settings)
         I, r = image.float().transpose(0, 1), max(self.dilations)
         _, B, H, W = I.shape
         padded = F.pad(I, [r] * 4, mode="replicate")

@@ -151,7 +151,7 @@ def _exponentials_on_gpu(device, blocks=2**13, block=1024, repeats=256):
 # %% ../nbs/16_benchmarks.ipynb #20-16-benchmarks
 def machine_rates(device: torch.device) -> dict:  # per second: "bytes" moved, operations in "fp32" ("tf32", "bf16"), "exps"
     "What the device does at best, measured now."
-    kinds = ("fp32",) if device.type == "cpu" else ("fp32", "tf32", "bf16")
+    kinds = ("fp32", "bf16") if device.type == "cpu" else ("fp32", "tf32", "bf16")
     return dict(bytes=_bandwidth(device), exps=_exponentials(device), **{kind: _multiplications(device, kind) for kind in kinds})
 
 # %% ../nbs/16_benchmarks.ipynb #23-16-benchmarks
@@ -538,7 +538,7 @@ GRIDS = dict(
                    *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4))],
               energy=[dict(), *_vary(dict(), side=(32, 96), classes=(3, 63), batch=(2, 4)), *_vary(dict(naive=False), side=(128, 160))],
               cam=[dict(), *_vary(dict(side=160), side=(160, 224), batch=(1, 4))],
-              step=[dict(), dict(precision="bf16", table=True), dict(channels_last=True, naive=False, table=True), *_vary(dict(crop=160), crop=(160, 224), batch=(1, 4), classes=(63,))],
+              step=[dict(), dict(precision="bf16", table=True), *(dict(way, naive=False, table=True) for way in (dict(channels_last=True), dict(compiled=True))), *_vary(dict(crop=160), crop=(160, 224), batch=(1, 4), classes=(63,))],
               inference=[dict(batch=1), *_vary(dict(side=160, long_side=None), side=(160, 224, 320), batch=(1, 4))],
               loader=[dict(crop=320, batch=2, workers=w, table=True) for w in (0, 1, 2)],
               demo=[_DEMO | dict(classes=7, phase=phase, table=True) for phase in _PHASES]),

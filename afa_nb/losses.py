@@ -6,6 +6,8 @@
 __all__ = ['classification_loss', 'segmentation_loss', 'bilateral_filter', 'DenseEnergyLoss']
 
 # %% ../nbs/10_losses.ipynb #02-10-losses
+import contextlib
+
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -35,6 +37,13 @@ def segmentation_loss(logits: torch.Tensor,  # z (B,C,h,w); resized to the targe
     return (mean(foreground) + mean(background)) / 2
 
 # %% ../nbs/10_losses.ipynb #18-10-losses
+@contextlib.contextmanager
+def _float32_products():
+    "Inside, a GPU rounds no factor to tf32."
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try: yield
+    finally: torch.backends.cuda.matmul.allow_tf32 = before
+
 @torch.no_grad()
 def bilateral_filter(features: torch.Tensor,  # f (B,d,P): position and colour of each pixel, divided by their σ
                      values: torch.Tensor,  # s (B,C,P)
@@ -43,7 +52,7 @@ def bilateral_filter(features: torch.Tensor,  # f (B,d,P): position and colour o
     "Exactly W s with W_ij = exp(−½‖f_i − f_j‖²), i = j included. Time O(P²), memory O(P + chunk²). Without gradient: `DenseEnergyLoss` has its own."
     if not chunk and (gpu := gpu_kernels(values.device)): return gpu.bilateral_filter(features, values)
     chunk = chunk or (256 if values.device.type == "cpu" else 2048)
-    with torch.autocast(values.device.type, enabled=False):  # a difference of large numbers: bf16 would leave nothing of it
+    with torch.autocast(values.device.type, enabled=False), _float32_products():  # a difference of large numbers: bf16 or tf32 would leave nothing of it
         f, s = features.float(), values.float()
         f = f - f.mean(2, keepdim=True)
         minus, one = -f.square().sum(1, keepdim=True) / 2, torch.ones_like(f[:, :1])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Config', 'preset', 'configure', 'check', 'learning_rate', 'parameter_groups', 'RandomOrder', 'TrainSet',
            'open_data', 'Labeller', 'training_step', 'save_checkpoint', 'save_weights', 'newest_checkpoint',
-           'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'NotFinite', 'train', 'seed_everything',
+           'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'NotFinite', 'seed_everything', 'train',
            'device_name', 'load_run', 'evaluate_run']
 
 # %% ../nbs/13_training.ipynb #02-13-training
@@ -84,6 +84,9 @@ class Config:
     save_every: int = 1_000
     log_every: int = 50
     precision: str = "fp32"  # "bf16" and "fp16" need hardware that has them
+    tf32: bool = True  # on a GPU, round the factors of float32 products to 10 bits; the dense energy's distances never are
+    channels_last: bool = False  # memory format of the weights; what these three gain is in 16_benchmarks
+    compile: bool = False  # encoder and decoder through torch.compile, while training
     accumulate: int = 1  # micro-batches per iteration
     num_workers: int = 4
     seed: int = 0
@@ -311,9 +314,9 @@ def open_run(config: Config, classes: list[str]) -> Path:
     run_dir, now = Path(config.run_dir), json.loads(json.dumps(asdict(config)))
     path = run_dir / "config.json"
     if path.exists():
-        try: before = json.loads(path.read_text())
+        try: before = json.loads(json.dumps(asdict(Config()))) | json.loads(path.read_text())  # a setting that is younger than the run
         except ValueError as e: raise ValueError(f"{path} cannot be read ({e}): repair it or choose another run_dir") from e
-        different = [f"{k} was {before.get(k)!r}, now {v!r}" for k, v in now.items() if k not in _MAY_DIFFER and before.get(k) != v]
+        different = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k not in _MAY_DIFFER and before[k] != v]
         if different: raise ValueError(f"{run_dir} holds a run with other settings ({'; '.join(different)}). Choose another run_dir, or the same settings to continue it.")
     else:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -353,6 +356,13 @@ def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
     if config.weights != "none": load_weights(net, f"nvidia/{config.backbone.replace('_', '-')}" if config.weights == "auto" else config.weights, verbose)
     return net
 
+def _arranged(net, config):
+    "`net` as the settings of speed want it."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.channels_last: net = net.to(memory_format=torch.channels_last)
+    if config.compile: net.encoder.compile(dynamic=False), net.decoder.compile(dynamic=False)
+    return net
+
 # %% ../nbs/13_training.ipynb #39-13-training
 class NotFinite(RuntimeError): "A loss became NaN or infinite; the checkpoints written before are good."
 
@@ -377,6 +387,22 @@ class _Window:
             k = min(bad, key=bad.get)
             raise NotFinite(f"loss_{k} is not finite since step {int(bad[k])}. The last checkpoint in {run_dir} is from before; a lower lr or precision=\"fp32\" may help.")
 
+# %% ../nbs/13_training.ipynb #40b-13-training
+def _batches(trainset, config, start, accelerator):
+    "This process's share of the batches from step `start` on, without end."
+    parts = accelerator.num_processes * config.accumulate
+    if config.batch_size % parts: raise ValueError(f"batch_size {config.batch_size} must be a multiple of processes × accumulate = {accelerator.num_processes} × {config.accumulate}")
+    transform = TrainTransform(config.crop_size, config.scale, config.flip, config.color_jitter)
+    order = RandomOrder(len(trainset), config.batch_size, config.seed, start, accelerator.process_index, accelerator.num_processes)
+    return iter(DataLoader(TrainSet(trainset, transform, config.seed), config.batch_size // parts, sampler=order, num_workers=config.num_workers,
+                           pin_memory=accelerator.device.type == "cuda", generator=torch.Generator().manual_seed(0)))
+
+def seed_everything(seed: int):
+    "Python's, NumPy's and torch's generators."
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+    torch.manual_seed(seed)
+
 # %% ../nbs/13_training.ipynb #40-13-training
 def train(config: Config, live: bool = False,  # draw the curves in the notebook while training
           verbose: bool = True) -> Path:
@@ -389,7 +415,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     trainset, valset = open_data(config)
     batches_from = lambda step: _batches(trainset, config, step, accelerator)
     with accelerator.main_process_first(): run_dir = open_run(config, trainset.classes)
-    net = build(config, trainset.classes, verbose and main)
+    net = _arranged(build(config, trainset.classes, verbose and main), config)
     optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay)
     net, optimizer = accelerator.prepare(net, optimizer)
     seed_everything(config.seed + accelerator.process_index)
@@ -433,21 +459,6 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     accelerator.end_training()
     return run_dir
 
-def _batches(trainset, config, start, accelerator):
-    "This process's share of the batches from step `start` on, without end."
-    parts = accelerator.num_processes * config.accumulate
-    if config.batch_size % parts: raise ValueError(f"batch_size {config.batch_size} must be a multiple of processes × accumulate = {accelerator.num_processes} × {config.accumulate}")
-    transform = TrainTransform(config.crop_size, config.scale, config.flip, config.color_jitter)
-    order = RandomOrder(len(trainset), config.batch_size, config.seed, start, accelerator.process_index, accelerator.num_processes)
-    return iter(DataLoader(TrainSet(trainset, transform, config.seed), config.batch_size // parts, sampler=order, num_workers=config.num_workers,
-                           pin_memory=accelerator.device.type == "cuda", generator=torch.Generator().manual_seed(0)))
-
-def seed_everything(seed: int):
-    "Python's, NumPy's and torch's generators."
-    random.seed(seed)
-    np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed)
-
 # %% ../nbs/13_training.ipynb #41-13-training
 def _log(metrics, window, step, optimizer, config, accelerator):
     "One row of `metrics.jsonl` with the means since the last one; gives what the progress bar shows."
@@ -465,7 +476,7 @@ def device_name(device) -> str:
 
 def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, accelerator=None, final=False):
     "Adds one row of the ladder to the metrics."
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.compiler.set_stance("force_eager"):  # each size of image would be compiled
         row = evaluate(net, dataset, ladder=ladder, limit=limit, par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background,
                        radius=config.radius, alpha=config.alpha, long_side=config.long_side, accelerator=accelerator, num_workers=config.num_workers)
     name = "shapes" if config.data_root is None else Path(config.data_root).name

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from afa_nb.benchmarks import table
 from afa_nb.shapes import make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,10 @@ def test_both_commands_set_up_alike():
     assert first.splitlines()[0] == second.splitlines()[0]
     assert "papermill nbs/train_voc.ipynb out.ipynb" in first
     assert "nbdev_test" in second and "pytest" in second
+
+
+def test_speed_table_is_what_was_measured():
+    assert table(ROOT / "benchmarks") in README
 
 
 def test_library_example_runs(tmp_path):

@@ -28,7 +28,7 @@ from .cam import multi_scale_cam
 from .encoder import variant_of
 from .evaluation import LADDER, evaluate, peak_memory
 from .losses import DenseEnergyLoss, classification_loss, segmentation_loss
-from .model import AFANet, find_weights, load_weights
+from .model import AFANet, find_weights, load_weights, pretrained
 from .par import PAR
 from .pseudo_labels import half, propagated_labels, refined_labels
 from .shapes import shapes_root
@@ -158,7 +158,8 @@ def check(config: Config):
     for fine, message in rules:
         if not fine: raise ValueError(message)
     TrainTransform(c.crop_size, c.scale, c.flip, c.color_jitter)
-    if c.weights not in ("auto", "none"): find_weights(c.weights)
+    if c.weights == "auto": pretrained(c.backbone)
+    elif c.weights != "none": find_weights(c.weights)
 
 # %% ../nbs/13_training.ipynb #14-13-training
 def learning_rate(i: int,  # step, from 0
@@ -350,7 +351,7 @@ def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
     "The network of a run with the weights it starts from."
     torch.manual_seed(config.seed)
     net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
-    if config.weights != "none": load_weights(net, f"nvidia/{config.backbone.replace('_', '-')}" if config.weights == "auto" else config.weights, verbose)
+    if config.weights != "none": load_weights(net, config.weights, verbose)
     return net
 
 # %% ../nbs/13_training.ipynb #39-13-training
@@ -388,8 +389,9 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     main, say = accelerator.is_main_process, accelerator.print if verbose else (lambda *a: None)
     trainset, valset = open_data(config)
     batches_from = lambda step: _batches(trainset, config, step, accelerator)
-    with accelerator.main_process_first(): run_dir = open_run(config, trainset.classes)
-    net = build(config, trainset.classes, verbose and main)
+    with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
+        net = build(config, trainset.classes, verbose and main)
+        run_dir = open_run(config, trainset.classes)
     optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay)
     net, optimizer = accelerator.prepare(net, optimizer)
     seed_everything(config.seed + accelerator.process_index)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Config', 'preset', 'configure', 'check', 'learning_rate', 'parameter_groups', 'RandomOrder', 'TrainSet',
-           'open_data', 'Labeller', 'training_step', 'save_checkpoint', 'save_weights', 'newest_checkpoint',
-           'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'NotFinite', 'train', 'seed_everything',
-           'device_name', 'load_run', 'evaluate_run']
+           'open_data', 'open_split', 'Labeller', 'training_step', 'save_checkpoint', 'save_weights',
+           'newest_checkpoint', 'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'NotFinite', 'train',
+           'seed_everything', 'device_name', 'load_run', 'evaluate_run']
 
 # %% ../nbs/13_training.ipynb #02-13-training
 import hashlib, json, math, os, random, shutil, time
@@ -39,9 +39,11 @@ from .transforms import TrainTransform, denormalize, sample_generator
 class Config:
     "All settings of a run; the defaults are the paper's recipe for VOC (§4.1 and decisions 10–13)."
     run_dir: str = "runs/voc"  # where the run writes; an unfinished run there is continued
-    data_root: str | None = None  # a folder in the VOC layout; None: the embedded shapes
+    data_root: str | None = None  # a folder that `data.layout` knows: VOC, COCO or tagged images; None: the embedded shapes
     train_split: str = "train_aug"
     val_split: str = "val"
+    tags: str | None = None  # tagged images: the table of tags; VOC: the source of the labels, as in `data.voc`
+    masks: str | None = None  # tagged images: a folder of masks for some of them, for the evaluation
     # network
     backbone: str = "mit_b1"  # a row of `encoder.VARIANTS`
     weights: str = "auto"  # "auto": the encoder's ImageNet weights from the hub; "none": random; else what `load_weights` takes
@@ -91,10 +93,11 @@ class Config:
 # %% ../nbs/13_training.ipynb #06-13-training
 PRESETS = dict(
     voc={},
-    coco=dict(run_dir="runs/coco", train_split="train", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
+    coco=dict(run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
     demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., norm_lr_ratio=1., crop_size=96, scale=(.75, 1.1), long_side=None, lambda_reg=0.,
               drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
+    own=dict(run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
 
 def preset(name: str,  # a row of `PRESETS`
@@ -110,24 +113,27 @@ def preset(name: str,  # a row of `PRESETS`
     return replace(config, **changes)
 
 # %% ../nbs/13_training.ipynb #09-13-training
-def configure(data_root: str | None = None,  # a folder in the VOC layout; None: `$VOC_ROOT`, or `VOCdevkit/VOC2012` beside us, else the embedded shapes
-              preset_name: str = "auto",  # "auto": demo for shapes, voc for anything else
+def configure(data_root: str | None = None,  # a folder that `data.layout` knows; None: `$VOC_ROOT`, or `VOCdevkit/VOC2012` beside us, else the embedded shapes
+              preset_name: str = "auto",  # "auto": demo for shapes, else voc, coco or, for tagged images, own
               say=print, **changes) -> Config:
     "The settings for what is there. Without `run_dir` the run goes to `runs/`, under the name of data, encoder and seed."
     found = data_root or data.find_voc_root()
     if found: say(f"Data: {found}" + ("." if data_root else ", found by itself."))
     else: say("Data: no data_root given and no VOC found, so this is the embedded demo data set, shapes.")
-    name = preset_name if preset_name != "auto" else "voc" if found else "demo"
+    layout = data.layout(found, changes.get("tags")) if found else None
+    name = preset_name if preset_name != "auto" else dict(voc="voc", coco="coco", tagged="own").get(layout, "demo")
     config = preset(name, data_root=str(found) if found else None, **changes)
-    if found and not changes.get("train_split"): config = replace(config, train_split=_train_split(found, config.train_split, say))
+    if layout == "voc" and not changes.get("train_split"): config = replace(config, train_split=_train_split(found, config.train_split, say))
     if not changes.get("run_dir"): config = replace(config, run_dir=f"runs/{Path(found).name if found else 'shapes'}-{config.backbone}-seed{config.seed}")
     check(config)
     return config
 
 def _train_split(root, split, say):
     "`split`, or `train` where only that is listed."
-    lists = data.voc_folder(root) / "ImageSets" / "Segmentation"
+    folder = data.voc_folder(root)
+    lists = folder / "ImageSets" / "Segmentation"
     if (lists / f"{split}.txt").exists() or not (lists / "train.txt").exists(): return split
+    if split == "train_aug" and (folder / "SegmentationClassAug").is_dir(): return split  # the list follows from the masks
     say(f"There is no list {split}.txt, so training takes train.txt.")
     return "train"
 
@@ -199,9 +205,16 @@ class TrainSet(Dataset):
 
 # %% ../nbs/13_training.ipynb #25-13-training
 def open_data(config: Config) -> tuple:  # train (without masks), val (with masks)
-    "The two data sets of a run."
-    root = shapes_root() if config.data_root is None else config.data_root
-    return data.voc(root, config.train_split, masks=False), data.voc(root, config.val_split, masks=True)
+    "The two data sets of a run. Tagged images all train, those with a mask are val; val is None where there are no masks. `ValueError` if the two have other classes."
+    train = open_split(config, config.train_split, masks=False)
+    tagged = config.data_root is not None and data.layout(config.data_root, config.tags) == "tagged"
+    val = None if tagged and config.masks is None else open_split(config, config.val_split, masks=True)
+    if val is not None and train.classes != val.classes: raise ValueError(f"{config.data_root}: {config.train_split} and {config.val_split} have different lists of classes")
+    return train, val
+
+def open_split(config: Config, split: str, masks: bool):
+    "One split of a run's data, with masks or without."
+    return data.load(shapes_root() if config.data_root is None else config.data_root, split, masks, config.tags, config.masks)
 
 # %% ../nbs/13_training.ipynb #27-13-training
 class Labeller:
@@ -388,6 +401,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     main, say = accelerator.is_main_process, accelerator.print if verbose else (lambda *a: None)
     trainset, valset = open_data(config)
+    for problem in data.problems(trainset): say(problem)
     batches_from = lambda step: _batches(trainset, config, step, accelerator)
     with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
         net = build(config, trainset.classes, verbose and main)
@@ -420,7 +434,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
         done = step + 1
         last = done == config.max_iters
         if done % config.log_every == 0 or last: bar.set_postfix(_log(metrics, window, done, optimizer, config, accelerator), refresh=False)
-        if done % config.eval_every == 0 and not last:
+        if done % config.eval_every == 0 and not last and valset is not None:
             window.check(run_dir)
             row = _evaluate(net, valset, config.val_split, metrics, done, config, ("cam", "cam_par", "propagated_par", "seg"), config.eval_limit, accelerator)
             if main: _keep_best(accelerator.unwrap_model(net), row, metrics, run_dir)
@@ -428,7 +442,11 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
         if done % config.save_every == 0 or last:
             window.check(run_dir)
             save_checkpoint(run_dir, done, net, optimizer, accelerator)
-    if not any(r["kind"] == "eval" and r["final"] and r["split"] == config.val_split for r in metrics.rows):
+    if valset is None:
+        if main and not any(r["kind"] == "note" for r in metrics.rows):
+            save_weights(accelerator.unwrap_model(net), run_dir / "best" / "model.safetensors", step=config.max_iters)
+            metrics.add(kind="note", step=config.max_iters, final=True, text="No image has a mask, so nothing was measured. best/ holds the last weights.")
+    elif not any(r["kind"] == "eval" and r["final"] and r["split"] == config.val_split for r in metrics.rows):
         row = _evaluate(net, valset, config.val_split, metrics, config.max_iters, config, LADDER, None, accelerator, final=True)
         if main: _keep_best(accelerator.unwrap_model(net), row, metrics, run_dir)
     curves()
@@ -516,5 +534,5 @@ def evaluate_run(run_dir, split: str = "val",  # list of images
     metrics = Metrics(run_dir, config.max_iters)
     for r in metrics.rows:
         if r["kind"] == "eval" and r["final"] and r["split"] == split and set(ladder) <= set(r) and limit == r.get("limit"): return r
-    dataset = data.voc(shapes_root() if config.data_root is None else config.data_root, split, masks=True)
+    dataset = open_split(config, split, masks=True)
     return _evaluate(net, dataset, split, metrics, config.max_iters, config, ladder, limit, final=True)

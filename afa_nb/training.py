@@ -123,6 +123,9 @@ def configure(data_root: str | None = None,  # a folder that `data.layout` knows
     layout = data.layout(found, changes.get("tags")) if found else None
     name = preset_name if preset_name != "auto" else dict(voc="voc", coco="coco", tagged="own").get(layout, "demo")
     config = preset(name, data_root=str(found) if found else None, **changes)
+    if layout == "tagged" and not changes.get("max_iters"):  # many images: the 15 passes over them that the paper makes over VOC
+        iterations = round(15 * len(data.load(found, tags=config.tags)) / config.batch_size)
+        if iterations > config.max_iters: config = preset(name, data_root=str(found), **changes | dict(max_iters=iterations))
     if layout == "voc" and not changes.get("train_split"): config = replace(config, train_split=_train_split(found, config.train_split, say))
     if not changes.get("run_dir"): config = replace(config, run_dir=f"runs/{Path(found).name if found else 'shapes'}-{config.backbone}-seed{config.seed}")
     check(config)

@@ -265,7 +265,7 @@ def summary(dataset:TaggedImages) -> str:
     counts = sorted(dataset.counts().items(), key=lambda item: -item[1])
     width, most = max(len(c) for c, _ in counts), max(1, counts[0][1])
     untagged = int((dataset.class_labels.sum(1) == 0).sum())
-    lines = [f"{len(dataset)} images, {len(counts)} tags" + (f" from {dataset.tags_from}" if dataset.tags_from else "") + (f"; {untagged} images show none of them" if untagged else "")]
+    lines = [f"{len(dataset)} images, {len(counts)} tags" + (f" from {dataset.tags_from}" if dataset.tags_from else "") + (f"; on {untagged} of the images none of them" if untagged else "")]
     lines += [f"  {c:<{width}} {n:>7} {n / max(1, len(dataset)):>6.1%} {'█' * round(30 * n / most)}" for c, n in counts]
     if counts[-1][1] and most > counts[-1][1]: lines.append(f"The most frequent tag is on {most / counts[-1][1]:.1f} times as many images as the rarest.")
     return "\n".join(lines + problems(dataset))
@@ -288,11 +288,9 @@ def find_voc_root() -> Path|None:
     return next((root for root in candidates if (root/"ImageSets"/"Segmentation").is_dir()), None)
 
 # %% ../nbs/00_data.ipynb #49-00-data
-def _list_file(folder, split): return folder/"ImageSets"/"Segmentation"/f"{split}.txt"
-
 def _read_split(folder, split) -> list[str]:
     "The names in `ImageSets/Segmentation/{split}.txt`: at least one, each once, none leading out of the folder."
-    path = _list_file(folder, split)
+    path = folder/"ImageSets"/"Segmentation"/f"{split}.txt"
     if not path.exists():
         if split == "train_aug" and (folder/"SegmentationClassAug").is_dir(): return train_aug_names(folder)
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
@@ -642,7 +640,7 @@ def draw_instances(instances, # (class index, whether a crowd, COCO segmentation
         except Exception as e: raise ValueError(f"not a segmentation of an image of {width}×{height} ({type(e).__name__}: {e})") from e
     return mask
 
-# %% ../nbs/00_data.ipynb #85-00-data
+# %% ../nbs/00_data.ipynb #86-00-data
 class _CocoRecords(Sequence):
     "Records that are made when asked for, so that workers copy none."
     def __init__(self, index, rows, folder): self.index, self.rows, self.folder = index, rows, folder
@@ -675,7 +673,7 @@ class CocoImages(TaggedImages):
             except OSError as e: warnings.warn(f"{self.kept/name}.png: not kept, will be drawn again ({e.strerror or e})")
         return mask
 
-# %% ../nbs/00_data.ipynb #86-00-data
+# %% ../nbs/00_data.ipynb #87-00-data
 def coco(root, # folder with annotations/instances_{split}.json and the images in {split}/
          split:str="train2014",
          masks:bool=True, # whether samples carry `mask`
@@ -696,13 +694,13 @@ def coco(root, # folder with annotations/instances_{split}.json and the images i
     missing = [file for file in map(bytes.decode, index.file[rows].tolist()) if file not in there and not (folder/file).exists()]
     if missing: raise FileNotFoundError(f"{folder/missing[0]}: no such image, but {path.name} lists it ({len(missing)} of {len(rows)} are missing)")
     left = len(index.file) - len(rows)
-    return CocoImages(index, rows, folder, masks, cache_masks, [f"{left} images without any instance are left out."] if left else [])
+    return CocoImages(index, rows, folder, masks, cache_masks, [f"Left out for want of any instance: {left} images."] if left else [])
 
 def coco_splits(root) -> list[str]:
     "The splits with annotations in a COCO folder, in alphabetical order; none if it is not one."
     return sorted(f.stem.removeprefix("instances_") for f in (Path(root)/"annotations").glob("instances_*.json"))
 
-# %% ../nbs/00_data.ipynb #92-00-data
+# %% ../nbs/00_data.ipynb #96-00-data
 TAG_TABLES = ("tags.csv", "tags.tsv", "tags.json")
 
 def tagged_images(folder, # images, at any depth
@@ -729,10 +727,10 @@ def tagged_images(folder, # images, at any depth
     mask_files = [None]*len(names) if masks is None else _find_files(Path(masks).expanduser(), names, {".png"})
     if masks is not None and not any(mask_files): raise FileNotFoundError(f"{masks}: no mask for any image; it would be called {names[0]}.png")
     left = sorted(files - set(images))
-    notes = [f"{len(left)} images in {folder.name} have no tags and are left out: {_some(left, 3)}."] if left else []
+    notes = [f"Left out for want of tags: {_some(left, 3)}."] if left else []
     return TaggedImages([Record(name, str(folder/file), mask) for name, file, mask in zip(names, images, mask_files)], labels, classes, where.name if tags else "the sub-folders", notes)
 
-# %% ../nbs/00_data.ipynb #93-00-data
+# %% ../nbs/00_data.ipynb #97-00-data
 def _images_below(folder, masks) -> set[str]:
     "Paths of the images below `folder`, with / between the parts; nothing hidden, and nothing from the folder of masks."
     readable = {ext for ext, format in Image.registered_extensions().items() if format in Image.OPEN}
@@ -765,7 +763,7 @@ def _matched_images(rows, files, folder, where) -> list[str]:
         if n > 1: raise ValueError(f"{where}: {what.format(repr(name))}")
     return found
 
-# %% ../nbs/00_data.ipynb #96-00-data
+# %% ../nbs/00_data.ipynb #100-00-data
 def layout(root, tags=None) -> str: # "voc", "coco" or "tagged"
     "How a folder holds its data; with a table of `tags` always \"tagged\". `FileNotFoundError` if in no way known here."
     root = Path(root).expanduser()

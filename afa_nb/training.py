@@ -418,7 +418,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
         start = load_checkpoint(folder, net, optimizer, accelerator)
         say(f"{run_dir}: " + (f"continuing at step {start}" if start < config.max_iters else "this run is finished"))
     metrics, window, labeller = Metrics(run_dir, start, main), _Window(), Labeller(config)
-    curves = _live_curves(metrics) if live and main else lambda: None
+    curves = _live_curves(metrics, config.val_split) if live and main else lambda: None
     batches = batches_from(start) if start < config.max_iters else None
     net.train()
     bar = tqdm(range(start, config.max_iters), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2)
@@ -501,15 +501,15 @@ def _keep_best(net, row, metrics, run_dir):
     before = max((r["seg"] for r in metrics.rows[:-1] if r["kind"] == "eval" and r["split"] == row["split"]), default=-1)
     if row["seg"] > before: save_weights(net, run_dir / "best" / "model.safetensors", step=row["step"], miou=row["seg"])
 
-def _live_curves(metrics):
+def _live_curves(metrics, split):
     "A function that draws the curves below the cell, and from the second call on in the same place."
     from IPython.display import display
     from afa_nb.figures import curves
     handle = None
     def redraw():
         nonlocal handle
-        if handle: handle.update(curves(metrics.rows))
-        else: handle = display(curves(metrics.rows), display_id=True)
+        if handle: handle.update(curves(metrics.rows, split))
+        else: handle = display(curves(metrics.rows, split), display_id=True)
     return redraw
 
 # %% ../nbs/13_training.ipynb #43-13-training

@@ -30,10 +30,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #05-00-data
-def read_image(path) -> Image.Image: # mode "RGB"
-    "The picture at `path` as 8-bit RGB, upright. `OSError` naming the file if it is missing, truncated or not an image."
+def read_image(path # of a picture, or a PIL image
+              ) -> Image.Image: # mode "RGB"
+    "The picture as 8-bit RGB, upright. `OSError` naming the file if it is missing, truncated or not an image."
     try:
-        with Image.open(path) as f: im = ImageOps.exif_transpose(f) # decodes all of it: a file cut short fails here, not later
+        with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as f: im = ImageOps.exif_transpose(f) # decodes all of it: a file cut short fails here, not later
         if im.mode.startswith("I"): # 16 bits a pixel, which PIL would clip at 255
             im = Image.fromarray((np.asarray(im).clip(0, 65535) // 257).astype(np.uint8))
         if im.has_transparency_data: # white shows through, as in a viewer

@@ -23,6 +23,12 @@ VARIANTS = {
     "mit_b3": dict(widths=(64, 128, 320, 512), depths=(3, 4, 18, 3), heads=(1, 2, 5, 8)),
     "mit_b4": dict(widths=(64, 128, 320, 512), depths=(3, 8, 27, 3), heads=(1, 2, 5, 8)),
     "mit_b5": dict(widths=(64, 128, 320, 512), depths=(3, 6, 40, 3), heads=(1, 2, 5, 8)),
+    "pvt_v2_b0": dict(widths=(32, 64, 160, 256), depths=(2, 2, 2, 2), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4)),
+    "pvt_v2_b1": dict(widths=(64, 128, 320, 512), depths=(2, 2, 2, 2), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4)),
+    "pvt_v2_b2": dict(widths=(64, 128, 320, 512), depths=(3, 4, 6, 3), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4)),
+    "pvt_v2_b3": dict(widths=(64, 128, 320, 512), depths=(3, 4, 18, 3), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4)),
+    "pvt_v2_b4": dict(widths=(64, 128, 320, 512), depths=(3, 8, 27, 3), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4)),
+    "pvt_v2_b5": dict(widths=(64, 128, 320, 512), depths=(3, 6, 40, 3), heads=(1, 2, 5, 8)),
 }
 
 # %% ../nbs/04_encoder.ipynb #06-04-encoder

@@ -28,7 +28,7 @@ from .cam import multi_scale_cam
 from .encoder import variant_of
 from .evaluation import LADDER, evaluate, peak_memory
 from .losses import DenseEnergyLoss, classification_loss, segmentation_loss
-from .model import AFANet, find_weights, load_weights
+from .model import AFANet, find_weights, load_weights, pretrained
 from .par import PAR
 from .pseudo_labels import half, propagated_labels, refined_labels
 from .shapes import shapes_root
@@ -126,6 +126,9 @@ def configure(data_root: str | None = None,  # a folder that `data.layout` knows
     layout = data.layout(found, changes.get("tags")) if found else None
     name = preset_name if preset_name != "auto" else dict(voc="voc", coco="coco", tagged="own").get(layout, "demo")
     config = preset(name, data_root=str(found) if found else None, **changes)
+    if layout == "tagged" and not changes.get("max_iters"):  # many images: the 15 passes over them that the paper makes over VOC
+        iterations = round(15 * len(data.load(found, tags=config.tags)) / config.batch_size)
+        if iterations > config.max_iters: config = preset(name, data_root=str(found), **changes | dict(max_iters=iterations))
     if layout == "voc" and not changes.get("train_split"): config = replace(config, train_split=_train_split(found, config.train_split, say))
     if not changes.get("run_dir"): config = replace(config, run_dir=f"runs/{Path(found).name if found else 'shapes'}-{config.backbone}-seed{config.seed}")
     check(config)
@@ -167,7 +170,8 @@ def check(config: Config):
     for fine, message in rules:
         if not fine: raise ValueError(message)
     TrainTransform(c.crop_size, c.scale, c.flip, c.color_jitter)
-    if c.weights not in ("auto", "none"): find_weights(c.weights)
+    if c.weights == "auto": pretrained(c.backbone)
+    elif c.weights != "none": find_weights(c.weights)
 
 # %% ../nbs/13_training.ipynb #14-13-training
 def learning_rate(i: int,  # step, from 0
@@ -366,7 +370,7 @@ def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
     "The network of a run with the weights it starts from."
     torch.manual_seed(config.seed)
     net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
-    if config.weights != "none": load_weights(net, f"nvidia/{config.backbone.replace('_', '-')}" if config.weights == "auto" else config.weights, verbose)
+    if config.weights != "none": load_weights(net, config.weights, verbose)
     return net
 
 def _arranged(net, config):
@@ -428,8 +432,9 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     trainset, valset = open_data(config)
     for problem in data.problems(trainset): say(problem)
     batches_from = lambda step: _batches(trainset, config, step, accelerator)
-    with accelerator.main_process_first(): run_dir = open_run(config, trainset.classes)
-    net = _arranged(build(config, trainset.classes, verbose and main), config)
+    with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
+        net = _arranged(build(config, trainset.classes, verbose and main), config)
+        run_dir = open_run(config, trainset.classes)
     optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay)
     net, optimizer = accelerator.prepare(net, optimizer)
     seed_everything(config.seed + accelerator.process_index)

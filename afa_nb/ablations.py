@@ -242,8 +242,8 @@ def cost(a: Ablation) -> str:
         speeds[kind] = speeds.get(kind) or step_seconds(config)
         tagging = max(0, steps - (config.max_iters - config.cam_iters))
         training += tagging * speeds[kind][0] + (steps - tagging) * speeds[kind][1]
-    return (f"{there} To train: {len(left)} network{'s' * (len(left) != 1)}, {sum(left.values())} iterations, about {_minutes(training)}; "
-            f"then {len(todo)} measurements, about {_minutes(_measuring_seconds(a, todo))}. Device: {device_name('cuda' if torch.cuda.is_available() else 'cpu')}.")
+    train = f"To train: {len(left)} network{'s' * (len(left) > 1)}, {sum(left.values())} iterations, about {_minutes(training)}" if left else "Nothing to train"
+    return (f"{there} {train}; then {len(todo)} measurement{'s' * (len(todo) > 1)}, about {_minutes(_measuring_seconds(a, todo))}. Device: {device_name('cuda' if torch.cuda.is_available() else 'cpu')}.")
 
 def _measuring_seconds(a, todo):
     "Two images of each kind of measurement, with a network that has learned nothing, times what is to be measured."
@@ -360,6 +360,8 @@ def plot(a: Ablation):  # a matplotlib figure
     return fig
 
 # %% ../nbs/18_ablations.ipynb #44-18-ablations
+def _labels(net, settings, image, tags, rungs, mask=None): return ladder_labels(net, image, tags, rungs, mask=mask, **{k: v for k, v in settings.items() if k not in ("low", "high")})
+
 def side_by_side(a: Ablation, column: str, number: int = 3, heat: bool = False):  # a matplotlib figure
     "For some images of val, what each row's `column` compares with the mask, by the first seed's network; with `heat` the CAM of the image's tags."
     rows = [(row, config) for row in a.rows if column in row.columns and (config := network_of(a, row, a.seeds[0]))]
@@ -371,9 +373,9 @@ def side_by_side(a: Ablation, column: str, number: int = 3, heat: bool = False):
             net, settings = nets[config.run_dir], label_settings(config, **row.label)
             device = next(net.parameters()).device
             if heat: found[row.name] = (multi_scale_cam(net, normalize(image.to(device)), settings["scales"])[0].cpu() * tags[:, :, None, None])[0]
-            else: found[row.name] = ladder_labels(net, image, tags, (row.columns[column][1],), **{k: v for k, v in settings.items() if k not in ("low", "high")})[row.columns[column][1]][0].cpu()
+            else: found[row.name] = _labels(net, settings, image, tags, (row.columns[column][1],), val[i]["mask"][None])[row.columns[column][1]][0].cpu()
         drawn.append((val[i]["image"], found, val[i]["mask"]))
-    return ladder_grid(drawn, val.classes, width=min(1.7, 9 / (len(rows) + 2)))
+    return ladder_grid(drawn, val.classes, width=min(1.2, 9 / (len(rows) + 2)))
 
 # %% ../nbs/18_ablations.ipynb #47-18-ablations
 def sweep(name: str,  # what is varied, as it is called in the plot
@@ -449,7 +451,7 @@ TABLES_5_6 = [Published(*row) for row in (
     (_SINGLE, "AFA + CRF", "I", "MiT-B1", 66.0, 66.3, 38.9, "AFA"))]
 
 # %% ../nbs/18_ablations.ipynb #54-18-ablations
-LATER = {  # source → rows; all with multi-scale inference and CRF
+LATER = {  # source → rows; ToCo and DuPL say: with multi-scale inference and CRF
     "README of github.com/rulixiang/ToCo": [Published(_LATER, "ToCo (CVPR 2023)", "I", "DeiT-B", 69.8, 70.5, 41.3), Published(_LATER, "ToCo, ImageNet-21k (CVPR 2023)", "I", "ViT-B", 71.1, 72.2, 42.2)],
     "README of github.com/Wu0409/DuPL": [Published(_LATER, "DuPL (CVPR 2024)", "I", "ViT-B", 72.2, 71.6, 43.5), Published(_LATER, "DuPL, ImageNet-21k (CVPR 2024)", "I", "ViT-B", 73.3, 72.8, 44.6)],
     "README of github.com/zwyang6/SeCo": [Published(_LATER, "SeCo (CVPR 2024)", "I", "ViT-B", 74.0, 73.9, 46.7)],
@@ -467,7 +469,7 @@ def comparison(a: Ablation, measured: str = "shapes", columns=("single scale", "
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * 4 + ["---:"] * (len(lines[0]) - 5) + ["---"], *lines[1:]])
 
 def share_of_full(a: Ablation, column: str = "+ CRF", full_column: str = "multi-scale") -> str:
-    "In words: how much of its fully supervised counterpart each weak system reaches; 83.8 % in the paper (66.0 of 78.7, as it prints it 66.0 / 78.7 = 83.9 %)."
+    "In words: how much of its fully supervised counterpart each weak system reaches. In the paper 66.0 of 78.7, 83.8 %."
     found = summary(a)
     full = found.get((next(iter(SYSTEMS)), full_column))
     if not full: return "The fully supervised network was not run here."
@@ -516,8 +518,7 @@ def look(net, config: Config, sample: dict) -> dict:
     large = F.interpolate(x, [int(max(config.cam_scales) * side) for side in x.shape[-2:]], mode="bilinear", align_corners=False)
     scale = [m.scale for m in net.modules() if isinstance(getattr(m, "scale", None), float)][-1]
     attention = raw_affinity(net(large, seg=False).attention, scale)
-    settings = label_settings(config)
-    labels = ladder_labels(net, image, tags, ("cam", "cam_par", "propagated_par", "seg_ms", "seg_crf"), **{k: v for k, v in settings.items() if k not in ("low", "high")})
+    labels = _labels(net, label_settings(config), image, tags, ("cam", "cam_par", "propagated_par", "seg_ms", "seg_crf"))
     maps = F.interpolate(cam * tags[:, :, None, None], grid, mode="bilinear", align_corners=False)
     walked = {name: normalize_cam(random_walk(maps, A, config.radius, config.alpha))[0].cpu() for name, A in dict(attention=attention, affinity=affinity).items()}
     return dict(sample, cam=(cam * tags[:, :, None, None])[0].cpu(), attention=attention[0].cpu(), affinity=affinity[0].cpu(), grid=grid, walked=walked, labels={k: v[0].cpu() for k, v in labels.items()})
@@ -535,18 +536,20 @@ def query(seen: dict, point=None) -> tuple:  # the point (row, column); attentio
 TEXT_WIDTH = 6.9  # inches, of a page in two columns
 
 def _grid(pictures, columns, classes=None, labels=()):
-    "One row per picture, one column per (title, draw(ax, seen)); below it the legend of the classes in `labels`."
-    gap = .06
-    fig, axs = panels(len(pictures), len(columns), (TEXT_WIDTH + gap) / len(columns) - gap, [s["image"].shape[1] / s["image"].shape[2] for s in pictures], above=0)
-    for line, seen in zip(axs, pictures):
-        for ax, (title, draw) in zip(line, columns.items()):
-            draw(ax, seen)
-            ax.set_axis_off()
-            if seen is pictures[0]: ax.set_title("\n".join(wrap(title, 100 // len(columns))), fontsize=8, pad=3)  # above the figure: saving takes it in
+    "A group of columns for each picture, one per (title, draw(ax, seen)), as many groups in a line as fit; below it the legend of the classes in `labels`."
+    groups, gap = min(len(pictures), max(1, 8 // len(columns))), .06
+    lines = [pictures[i:i + groups] for i in range(0, len(pictures), groups)]
+    fig, axs = panels(len(lines), groups * len(columns), (TEXT_WIDTH + gap) / (groups * len(columns)) - gap, [max(s["image"].shape[1] / s["image"].shape[2] for s in line) for line in lines], above=0)
+    for ax in axs.flat: ax.set_axis_off()
+    for line, row in zip(lines, axs):
+        for seen, group in zip(line, np.array_split(row, groups)):
+            for ax, (title, draw) in zip(group, columns.items()):
+                draw(ax, seen)
+                ax.set_axis_off()
+                if line is lines[0]: ax.set_title("\n".join(wrap(title, 100 // len(row))), fontsize=7, pad=3)  # above the figure: saving takes it in
     if classes and (colours := class_colours(labels)):
         fig.legend(handles=[Patch(facecolor=c, edgecolor="black", linewidth=.5, label=classes[k]) for k, c in colours.items()], loc="upper center", bbox_to_anchor=(.5, 0),
                    ncols=8, fontsize=7, frameon=False, handlelength=1, handleheight=1)
-    fig.dpi = 150
     return fig
 
 def _star(ax, seen, point):

@@ -105,6 +105,7 @@ def label_settings(config: Config,
                    **changes,  # its arguments (dilations, num_iter, w1 …), or scales, background, low, high, radius, alpha
                   ) -> dict:  # par, scales, background, low, high, radius, alpha, long_side
     "How a network's labels are made. Raises `ValueError` for a setting that is none."
+    if refine not in ("PAR", "PAMR"): raise ValueError(f"refine must be PAR or PAMR, not {refine!r}")
     kind = dict(PAR=PAR, PAMR=PAMR)[refine]
     own = dict(dilations=config.dilations, num_iter=config.par_iters) | {k: changes.pop(k) for k in list(changes) if k in signature(kind).parameters}
     settings = dict(par=kind(**own), scales=config.cam_scales, **{k: getattr(config, k) for k in ("background", "low", "high", "radius", "alpha", "long_side")})
@@ -286,7 +287,7 @@ def run(a: Ablation, say=print) -> list[dict]:  # the rows of the CSV
     say(cost(a))
     todo, start = jobs(a), time.perf_counter()
     for i, job in enumerate(todo, 1):
-        net, *_ = load_run(trained(job.config))
+        net, *_ = load_run(job.config.run_dir if a.finished else trained(job.config))
         values = measure(net, job.config, _dataset(job.config, job.split), [c["measure"] for c in job.cells], job.label, a.limits.get(job.split))
         device = device_name(next(net.parameters()).device)
         _write_results(a.csv, read_results(a.csv) + [c | dict(value=values[c["measure"]], device=device) for c in job.cells])
@@ -299,14 +300,16 @@ def shown(measure, value) -> float:
     return value * (1000 if measure.startswith("seconds:") else 100)
 
 # %% ../nbs/18_ablations.ipynb #35-18-ablations
-def summary(a: Ablation) -> dict:  # (row, column) → the values shown, one for each seed that is there
+def summary(a: Ablation) -> dict:  # (row, column) → seed → the value shown, for the seeds that are there
     "The table's numbers."
     there, found = {r["key"]: r["value"] for r in read_results(a.csv)}, {}
     for row, _, cell in cells(a):
-        if cell["key"] in there: found.setdefault((row.name, cell["column"]), []).append(shown(cell["measure"], there[cell["key"]]))
+        if cell["key"] in there: found.setdefault((row.name, cell["column"]), {})[cell["seed"]] = shown(cell["measure"], there[cell["key"]])
     return found
 
-def _mean_std(values): return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "not run here"
+def _mean_std(by_seed):
+    values = list(by_seed.values())
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "") if values else "not run here"
 
 def _columns(a): return list(dict.fromkeys(c for row in a.rows for c in row.columns)), list(dict.fromkeys(c for row in a.rows for c in row.paper))
 
@@ -314,7 +317,7 @@ def table(a: Ablation) -> str:
     "Markdown: the rows, our columns, the paper's."
     found, (ours, papers) = summary(a), _columns(a)
     lines = [["", *ours, *(f"paper, {c}" for c in papers)]]
-    lines += [[row.name, *(_mean_std(found.get((row.name, c), [])) if c in row.columns else "" for c in ours), *(f"{row.paper[c]:.1f}" if c in row.paper else "" for c in papers)] for row in a.rows]
+    lines += [[row.name, *(_mean_std(found.get((row.name, c), {})) if c in row.columns else "" for c in ours), *(f"{row.paper[c]:.1f}" if c in row.paper else "" for c in papers)] for row in a.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---", *["---:"] * (len(lines[0]) - 1)], *lines[1:]])
 
 # %% ../nbs/18_ablations.ipynb #38-18-ablations
@@ -324,9 +327,10 @@ def orders(a: Ablation) -> str:
     for column in _columns(a)[1]:
         ranked = sorted((row for row in a.rows if column in row.paper and (row.name, column) in found), key=lambda row: row.paper[column])
         for low, high in zip(ranked, ranked[1:]):
-            steps = [h - l for l, h in zip(found[low.name, column], found[high.name, column])]
-            up = sum(s > 0 for s in steps)
-            verdict = "as in the paper" if up == len(steps) else "as in the paper on average only" if mean(steps) > 0 else "**not as in the paper**"
+            below, above = found[low.name, column], found[high.name, column]
+            if not (steps := {seed: above[seed] - below[seed] for seed in above.keys() & below.keys()}): continue
+            up = sum(s > 0 for s in steps.values())
+            verdict = "as in the paper" if up == len(steps) else "as in the paper on average only" if mean(steps.values()) > 0 else "**not as in the paper**"
             lines.append(f"| {column} | {low.name} → {high.name} | {high.paper[column] - low.paper[column]:+.1f} | {_mean_std(steps)} | {up} of {len(steps)} | {verdict} |")
     return "\n".join(lines) if len(lines) > 2 else "No two rows with published numbers were run here."
 
@@ -347,7 +351,7 @@ def plot(a: Ablation):  # a matplotlib figure
     for i, column in enumerate(ours):
         style, shift = dict(color=COLOURS[i % 7], marker="os^Dv<>"[i % 7], linestyle=""), .14 * (i - (len(ours) - 1) / 2)
         for y, row in enumerate(a.rows):
-            if values := found.get((row.name, column)):
+            if values := list(found.get((row.name, column), {}).values()):
                 ax.errorbar(mean(values), y + shift, xerr=stdev(values) if len(values) > 1 else None, capsize=2, markersize=5, linewidth=1, **style)
                 ax.plot(values, [y + shift] * len(values), markersize=2, alpha=.6, **style)
             if column in row.paper: ax.plot(row.paper[column], y + shift, markersize=5, fillstyle="none", **style)
@@ -403,7 +407,7 @@ def plot_sweeps(a: Ablation):  # a matplotlib figure
     for ax, (name, rows) in zip(axs.flat, axes.items()):
         columns = list(dict.fromkeys(c for row in rows for c in row.columns))
         for i, column in enumerate(columns):
-            points = [(x, found[row.name, column]) for x, row in enumerate(rows) if (row.name, column) in found]
+            points = [(x, list(found[row.name, column].values())) for x, row in enumerate(rows) if (row.name, column) in found]
             ax.errorbar([x for x, _ in points], [mean(v) for _, v in points], [stdev(v) if len(v) > 1 else 0 for _, v in points], label=column,
                         color=COLOURS[i], marker="os^D"[i], markersize=4, linewidth=1.2, capsize=2)
         for x, row in enumerate(rows):
@@ -465,7 +469,7 @@ def comparison(a: Ablation, measured: str = "shapes", columns=("single scale", "
     rows = [(row, "the paper, Tab. 5, 6") for row in TABLES_5_6] + [(row, source) for source, rows in LATER.items() for row in rows]
     lines = [["", "method", "sup.", "backbone", "VOC val", "VOC test", "COCO val", *(f"{measured} val, {c}" for c in columns), "source of the published numbers"]]
     for row, source in rows:
-        here = [_mean_std(found.get((row.here, c), [])) if row.here else "" for c in columns]
+        here = [_mean_std(found.get((row.here, c), {})) if row.here else "" for c in columns]
         lines.append([row.kind, row.method, row.supervision, row.backbone, number(row.voc_val), number(row.voc_test), number(row.coco_val), *here, source])
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * 4 + ["---:"] * (len(lines[0]) - 5) + ["---"], *lines[1:]])
 
@@ -474,7 +478,7 @@ def share_of_full(a: Ablation, column: str = "+ CRF", full_column: str = "multi-
     found = summary(a)
     full = found.get((next(iter(SYSTEMS)), full_column))
     if not full: return "The fully supervised network was not run here."
-    ratios = {name: [100 * v / f for v, f in zip(found[name, column], full)] for name in list(SYSTEMS)[1:] if (name, column) in found}
+    ratios = {name: {seed: 100 * v / full[seed] for seed, v in found[name, column].items() if seed in full} for name in list(SYSTEMS)[1:] if (name, column) in found}
     return "; ".join(f"{name} reaches {_mean_std(v)} % of the fully supervised network" for name, v in ratios.items()) + "."
 
 # %% ../nbs/18_ablations.ipynb #58-18-ablations

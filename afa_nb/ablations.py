@@ -506,10 +506,11 @@ def show_region(ax, image, label, classes, colours):
     ax.set(xlim=(-.5, label.shape[1] - .5), ylim=(label.shape[0] - .5, -.5))
     ax.set_axis_off()
 
-def class_colours(labels) -> dict:  # class → colour
-    "One colour for each class that occurs in a figure."
-    present = sorted({k for label in labels for k in np.unique(np.asarray(label)).tolist()} - {0, 255})
-    return {k: COLOURS[i % len(COLOURS)] for i, k in enumerate(present)}
+def class_colours(labels, pictures) -> dict:  # class → colour
+    "One colour for each class that occurs in a figure: first the tags of its pictures, so that all figures of the same pictures agree on them."
+    present = {k for label in labels for k in np.unique(np.asarray(label)).tolist()} - {0, 255}
+    tags = sorted({k + 1 for s in pictures for k in s["class_labels"].nonzero()[:, 0].tolist()})
+    return {k: COLOURS[i % len(COLOURS)] for i, k in enumerate([*tags, *sorted(present - set(tags))]) if k in present}
 
 # %% ../nbs/18_ablations.ipynb #62-18-ablations
 @torch.inference_mode()
@@ -551,8 +552,9 @@ def _grid(pictures, columns, classes=None, labels=()):
             for ax, (title, draw) in zip(group, columns.items()):
                 draw(ax, seen)
                 ax.set_axis_off()
+                ax.set_anchor("N")  # pictures of other shapes beside it: the titles stay in one line
                 if line is lines[0]: ax.set_title("\n".join(wrap(title, 100 // len(row))), fontsize=7, pad=3)  # above the figure: saving takes it in
-    if classes and (colours := class_colours(labels)):
+    if classes and (colours := class_colours(labels, pictures)):
         fig.legend(handles=[Patch(facecolor=c, edgecolor="black", linewidth=.5, label=classes[k]) for k, c in colours.items()], loc="upper center", bbox_to_anchor=(.5, 0),
                    ncols=8, fontsize=7, frameon=False, handlelength=1, handleheight=1)
     return fig
@@ -582,7 +584,7 @@ def cam_figure(pictures):
 def _regions(pictures, classes, panels):
     "Columns that draw labels, in one set of colours; a panel is a title and a function from a picture to its label, or None."
     labels = [label for get in panels.values() for s in pictures if (label := get(s)) is not None]
-    colours = class_colours(labels)
+    colours = class_colours(labels, pictures)
     def column(get):
         def draw(ax, s):
             if (label := get(s)) is not None: show_region(ax, s["image"], label, classes, colours)

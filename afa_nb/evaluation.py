@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'LADDER', 'VOC_SUBMISSION', 'ConfusionMatrix', 'tag_scores', 'predict', 'dense_crf', 'dense_crf_pool',
-           'raw_affinity', 'ladder_labels', 'peak_memory', 'evaluate', 'trivial_baselines', 'save_soft_label',
-           'load_soft_label', 'export_masks']
+           'crf_labels', 'reliable_labels', 'raw_affinity', 'ladder_labels', 'peak_memory', 'evaluate',
+           'trivial_baselines', 'save_soft_label', 'load_soft_label', 'export_masks']
 
 # %% ../nbs/12_evaluation.ipynb #02-12-evaluation
 import contextlib, functools, math, multiprocessing, os, sys, time, types
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .data import save_mask
 from .transforms import normalize
 from .model import AFANet
-from .cam import multi_scale_cam, cam_to_label
+from .cam import box_mask, cam_to_label, multi_scale_cam
 from .par import PAR
 from .pseudo_labels import half, refined_label, propagated_label, token_grid
 
@@ -207,9 +207,63 @@ def dense_crf_pool(
     finally:
         if pool: pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/12_evaluation.ipynb #31b-12-evaluation
+def _refined_cam(image, cam, background, **options):
+    "One image, uint8 (3,H,W); the maps (M,H,W) of its tags; the background's score (H,W) or a number. Refined probabilities (M+1,H,W), background first."
+    prob = torch.cat([torch.as_tensor(background).float().cpu().expand(1, *image.shape[1:]), cam.float().cpu()]).clamp(min=1e-5)
+    return torch.from_numpy(dense_crf(image, prob / prob.sum(0), **options))
+
+def _tags(class_labels): return [labels.nonzero()[:, 0] for labels in class_labels]
+
+def crf_labels(
+    image, # uint8 (B,3,H,W), RGB
+    cam, # (B,K,H,W) in [0,1]
+    class_labels, # (B,K) in {0,1}
+    background=.45, # background score
+    **options, # of `dense_crf`
+) -> torch.Tensor: # (B,H,W) long, on the CAM's device
+    "The CAM refined by the dense CRF, as a label."
+    channels = [_refined_cam(i, c[tags], background, **options).argmax(0).to(cam.device) for i, c, tags in zip(image, cam, _tags(class_labels))]
+    return torch.stack([torch.cat([tags.new_zeros(1), tags + 1])[channel] for channel, tags in zip(channels, _tags(class_labels))])
+
+# %% ../nbs/12_evaluation.ipynb #31d-12-evaluation
+def _certain(cam, background, share, sure):
+    "(M,H,W), (H,W) → bool (H,W): the strongest `share` of each class's region, and background beyond `sure`."
+    strongest = torch.cat([background[None], cam]).argmax(0)
+    certain = (strongest == 0) & (background > sure)
+    for m, score in enumerate(cam, 1):
+        region = score[(strongest == m) & (score > .1)]
+        if len(region): certain |= (strongest == m) & (score > region.quantile(1 - share))
+    return certain
+
+def reliable_labels(
+    image, # uint8 (B,3,H,W), RGB
+    cam, # (B,K,H,W) in [0,1]
+    class_labels, # (B,K) in {0,1}
+    box=None, # (B,4) rows (y0,y1,x0,x1): outside is ignored
+    exponents=(4, 32), # γ for the foreground and for the background
+    share=.4, # of a class's region, by its CAM
+    sure=.8, # probability from which the CRF, and the background's score, count
+    **options, # of `dense_crf`
+) -> torch.Tensor: # (B,H,W) long: class, 0 background, 255 ignored; on the CAM's device
+    "The label that supervises RRM. An image without tags is background."
+    options, labels = dict(bi_xy=80, bi_rgb=13, bi_weight=10) | options, []
+    for picture, maps, tags in zip(image, cam.float(), _tags(class_labels)):
+        if not len(tags):
+            labels.append(torch.zeros(picture.shape[1:], dtype=torch.long, device=cam.device))
+            continue
+        low, high = ((1 - maps[tags].amax(0)) ** g for g in exponents)
+        foreground, background = (_refined_cam(picture, maps[tags], score, **options).to(cam.device) for score in (low, high))
+        channel, zero = foreground.argmax(0), background.argmax(0) == 0
+        label = torch.cat([tags.new_zeros(1), tags + 1])[channel].masked_fill((channel == 0) & ~zero, 255).masked_fill(zero, 0)
+        known = torch.maximum(background[0], foreground[1:].amax(0)) >= sure
+        labels.append(label.masked_fill(~(known & _certain(maps[tags], high, share, sure)), 255))
+    labels = torch.stack(labels)
+    return labels if box is None else labels.masked_fill(~box_mask(box, *labels.shape[1:]), 255)
+
 # %% ../nbs/12_evaluation.ipynb #33-12-evaluation
 LADDER = ("cam", "cam_par", "propagated", "propagated_par", "seg", "seg_ms", "seg_ms_author", "seg_crf")
-_EXTRA = ("raw_attention", "raw_attention_par", "oracle", "oracle_par")  # on request
+_EXTRA = ("cam_crf", "raw_attention", "raw_attention_par", "oracle", "oracle_par")  # on request
 _OF_CAM = frozenset((*LADDER[:4], *_EXTRA))
 
 def raw_affinity(
@@ -252,6 +306,7 @@ def _climb(net, image, class_labels, mask, rungs, par, scales, background, radiu
     steps = dict(
         cam=lambda: cam_to_label(cam, class_labels, background),
         cam_par=lambda: refined_label(once, x, cam, class_labels, background),
+        cam_crf=lambda: crf_labels(image, cam, class_labels, background),
         propagated=lambda: walk(None, affinity),
         propagated_par=lambda: walk(once, affinity),
         raw_attention=lambda: walk(None, attention()),

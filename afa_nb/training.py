@@ -532,7 +532,7 @@ def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, acceler
         row = evaluate(net, dataset, ladder=ladder, limit=limit, par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background,
                        radius=config.radius, alpha=config.alpha, long_side=config.long_side, accelerator=accelerator, num_workers=config.num_workers)
     name = "shapes" if config.data_root is None else Path(config.data_root).name
-    row.update(kind="eval", step=step, split=split, data=name, seed=config.seed, final=final, device=device_name(row["device"]))
+    row.update(kind="eval", step=step, split=split, limit=limit, data=name, seed=config.seed, final=final, device=device_name(row["device"]))
     metrics.add(**row)
     return row
 

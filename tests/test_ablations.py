@@ -13,6 +13,8 @@ import pytest
 
 from afa_nb.shapes import make_shapes
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "ablation_modules.ipynb"
 
 

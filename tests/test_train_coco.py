@@ -3,7 +3,10 @@ import json
 from pathlib import Path
 
 import papermill
+import pytest
 from test_data_sets import coco_json, write_coco
+
+pytestmark = pytest.mark.slow
 
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "train_coco.ipynb"
 

@@ -12,6 +12,8 @@ from afa_nb.data import read_mask, tagged_images, voc
 from afa_nb.shapes import make_shapes
 from afa_nb.training import configure
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parent.parent / "nbs" / "train_own.ipynb"
 OTHER = dict(stride=8, decoder_dim=32, radius=3, cam_iters=2, aff_iters=4, cam_scales=[1], par_iters=2, dilations=[1, 2], long_side=None, lambda_reg=0.)
 

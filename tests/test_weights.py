@@ -9,6 +9,8 @@ from afa_nb.encoder import VARIANTS
 from afa_nb.model import PRETRAINED, AFANet, load_weights, pretrained
 from afa_nb.shapes import make_shapes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cache(monkeypatch):

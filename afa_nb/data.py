@@ -412,6 +412,7 @@ def _fetch(root:Path, # where archive and data belong
            parts:dict): # what to move to `root` in the end: path where it is unpacked → path below `root`
     "Run torchvision's download; an archive that already lies in `root` is used and kept. `OSError` naming the archive that is damaged or cannot be had."
     work, kept = root/".unpacking", root/archive
+    if (work/archive).exists(): os.replace(work/archive, kept) # a kill left it there
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     there = kept.exists()
@@ -467,19 +468,24 @@ def prepare_sbd(root, # folder in VOC's layout, or one with VOCdevkit/VOC2012 in
     target, unfinished = folder/"SegmentationClassAug", folder/".SegmentationClassAug.unfinished"
     with FileLock(folder/".SegmentationClassAug.lock"):
         if target.is_dir():
-            if not (target/"sha256.txt").exists() or not (damaged := _damaged_masks(target)): return target
+            damaged = _damaged_masks(target) if (target/"sha256.txt").exists() else _check_count(folder, train_aug_names(folder), target) # without sha256.txt it is from elsewhere
+            if not damaged: return target
             for name in damaged: (target/name).unlink(missing_ok=True)
             os.replace(target, unfinished)
         sbd_root = Path(root).expanduser()/"SBD" if sbd_root is None else Path(sbd_root).expanduser()
         if download: download_sbd(sbd_root)
         unfinished.mkdir(exist_ok=True)
         names = _write_aug_masks(folder, sbd_root, unfinished)
-        counts = *(len(_read_split(folder, split)) for split in ("train", "val")), len(names)
-        if counts[:2] == TRAIN_AUG[:2] and counts != TRAIN_AUG: raise ValueError(f"{sbd_root}: VOC 2012 with SBD has {TRAIN_AUG[2]} images to train on, but these are {counts[2]}")
+        _check_count(folder, names, sbd_root)
         for extra in set(os.listdir(unfinished)) - {f"{name}.png" for name in names}: (unfinished/extra).unlink()
         (unfinished/"sha256.txt").write_text("".join(f"{_sha256(unfinished/f'{name}.png')}  {name}.png\n" for name in names))
         os.replace(unfinished, target)
     return target
+
+def _check_count(folder, names, where):
+    "Of the real VOC 2012 it is known how many images train_aug has."
+    counts = *(len(_read_split(folder, split)) for split in ("train", "val")), len(names)
+    if counts[:2] == TRAIN_AUG[:2] and counts != TRAIN_AUG: raise ValueError(f"{where}: VOC 2012 with SBD has {TRAIN_AUG[2]} images to train on, but these are {counts[2]}")
 
 def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -494,7 +500,7 @@ def _write_aug_masks(folder, sbd_root, target) -> list[str]:
     try: parts = [SBDataset(sbd_root, split, "segmentation") for split in ("train", "val")]
     except (RuntimeError, FileNotFoundError) as e:
         raise FileNotFoundError(f"{sbd_root}: no SBD here ({e}). It is the folder with cls, img, train.txt and val.txt; download=True fetches it") from e
-    train, val = (_read_split(folder, split) for split in ("train", "val"))
+    train, val = (dict.fromkeys(_read_split(folder, split)) for split in ("train", "val"))
     sources = {name: folder/"SegmentationClass"/f"{name}.png" for name in train}
     for part in parts:
         for i, file in enumerate(part.masks):

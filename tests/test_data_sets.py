@@ -188,6 +188,11 @@ def test_archives_fetched_by_hand_are_used_and_kept(server, tmp_path):
     shutil.copy(served / "VOCtrainval_11-May-2012.tar", root)
     download_voc(root)
     assert not asked and (root / "VOCtrainval_11-May-2012.tar").exists()
+    shutil.rmtree(root / "VOCdevkit")
+    (root / ".unpacking").mkdir()
+    (root / "VOCtrainval_11-May-2012.tar").rename(root / ".unpacking/VOCtrainval_11-May-2012.tar")  # as a kill leaves it
+    download_voc(root)
+    assert not asked and (root / "VOCtrainval_11-May-2012.tar").exists()
 
 
 def test_segmentation_class_aug_from_elsewhere(unpacked):
@@ -301,6 +306,8 @@ def test_the_count_is_checked(unpacked, monkeypatch):
     root, sbd = unpacked
     monkeypatch.setattr(data, "TRAIN_AUG", (len(TRAIN), len(VAL), 10582))
     with pytest.raises(ValueError, match="has 10582 images to train on, but these are 5"): prepare_sbd(root, sbd)
+    (root / "VOCdevkit/VOC2012/.SegmentationClassAug.unfinished").rename(root / "VOCdevkit/VOC2012/SegmentationClassAug")  # as if from elsewhere
+    with pytest.raises(ValueError, match="SegmentationClassAug: .* these are 5"): prepare_sbd(root)
 
 
 # ---------------------------------------------------------------- COCO
@@ -478,7 +485,7 @@ def test_odd_tags_work(own):
     (own / "tags.json").write_text(json.dumps({"a": odd, "b": ["猫"]}))
     dataset = tagged_images(own)
     assert dataset.classes == ["background", *sorted(odd)] and dataset.class_labels.sum(1).tolist() == [7, 1]
-    assert any("On every image: 猫" in p for p in data.problems(dataset)) and any("2 images in own have no tags" in p for p in data.problems(dataset))
+    assert any("On every image: 猫" in p for p in data.problems(dataset)) and "Left out for want of tags: c.jpg, deep/d.jpg." in data.problems(dataset)
 
 
 def small(root, run, **changes):

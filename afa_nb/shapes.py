@@ -108,11 +108,11 @@ def draw(rng, size:int=96):
         if (disc := _free_place(rng, size, discs)) is None: break
         discs.append(disc)
         _paint_object(rng, image, mask, *disc)
-    image += rng.uniform(-.012, .012, image.shape) # a camera's noise
+    image += rng.uniform(.04, .12)*rng.standard_normal(image.shape) # a camera's noise in dim light
     return (image.clip(0, 1)*255 + .5).astype(np.uint8), mask
 
 # %% ../nbs/01_shapes.ipynb #30-01-shapes
-VERSION = 4 # of the pictures: counts up whenever they change
+VERSION = 5 # of the pictures: counts up whenever they change
 
 def make_shapes(root, # folder to write, in VOC's layout with splits train and val
                 num_train:int=2400, num_val:int=120, # pictures

@@ -60,6 +60,7 @@ class Config:
     batch_size: int = 8  # crops per iteration, over all processes and accumulation steps
     lr: float = 6e-5  # of the encoder
     head_lr_ratio: float = 10.  # other parameters: times `lr`
+    decoder_lr_ratio: float | None = None  # the decoder's parameters: times `lr`; None: as the others
     norm_lr_ratio: float = 0.  # the encoder's norm layers: times `lr`
     weight_decay: float = .01
     lambda_seg: float = .1  # λ₁ of Eq. 12
@@ -107,8 +108,8 @@ SUPERVISION = dict(
 PRESETS = dict(
     voc={},
     coco=dict(run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
-    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
-              warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., norm_lr_ratio=1., crop_size=96, scale=(.75, 1.1), long_side=None, lambda_reg=0.,
+    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
+              warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., decoder_lr_ratio=4., norm_lr_ratio=1., crop_size=96, scale=(.75, 1.1), long_side=None, lambda_reg=0.,
               drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
     own=dict(run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
@@ -167,7 +168,7 @@ def check(config: Config):
         (c.max_iters >= 1, f"max_iters must be at least 1, not {c.max_iters}"),
         (0 <= c.cam_iters <= c.aff_iters, f"need 0 <= cam_iters <= aff_iters, not {c.cam_iters} and {c.aff_iters}"),
         (c.batch_size >= 1 and c.accumulate >= 1 and c.batch_size % c.accumulate == 0, f"batch_size {c.batch_size} must be a multiple of accumulate {c.accumulate}"),
-        (c.lr > 0 and c.head_lr_ratio > 0 and c.norm_lr_ratio >= 0 and c.weight_decay >= 0, "lr and head_lr_ratio must be positive, norm_lr_ratio and weight_decay not negative"),
+        (c.lr > 0 and c.head_lr_ratio > 0 and (c.decoder_lr_ratio or 1) > 0 and c.norm_lr_ratio >= 0 and c.weight_decay >= 0, "lr, head_lr_ratio and decoder_lr_ratio must be positive, norm_lr_ratio and weight_decay not negative"),
         (min(c.lambda_seg, c.lambda_aff, c.lambda_reg) >= 0, "the loss weights lambda_* must not be negative"),
         (0 <= c.low <= c.high <= 1, f"need 0 <= low <= high <= 1, not {c.low} and {c.high}"),
         (0 < c.background < 1, f"background must lie in (0,1), not {c.background}"),
@@ -193,10 +194,12 @@ def learning_rate(i: int,  # step, from 0
 
 # %% ../nbs/13_training.ipynb #18-13-training
 def parameter_groups(net: AFANet, config: Config) -> list[dict]:
-    "Decision 11: the encoder, its norm layers, and everything else, each with its share of the rate in `ratio`."
+    "Decision 11: the encoder, its norm layers, the heads and the decoder, each with its share of the rate in `ratio`."
     named = lambda norm: [p for n, p in net.encoder.named_parameters() if ("norm" in n) == norm]
-    heads = [p for n, p in net.named_parameters() if not n.startswith("encoder.")]
-    return [dict(params=named(False), ratio=1.), dict(params=named(True), ratio=config.norm_lr_ratio), dict(params=heads, ratio=config.head_lr_ratio)]
+    heads = [p for n, p in net.named_parameters() if not n.startswith(("encoder.", "decoder."))]
+    decoder = config.head_lr_ratio if config.decoder_lr_ratio is None else config.decoder_lr_ratio
+    return [dict(params=named(False), ratio=1.), dict(params=named(True), ratio=config.norm_lr_ratio), dict(params=heads, ratio=config.head_lr_ratio),
+            dict(params=list(net.decoder.parameters()), ratio=decoder)]
 
 # %% ../nbs/13_training.ipynb #21-13-training
 class RandomOrder(Sampler):

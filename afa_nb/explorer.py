@@ -37,7 +37,7 @@ REFINEMENTS = ("PAR", "PAMR", "CRF", "none")
 @dataclass(frozen=True)
 class Settings:
     "What the explorer can turn. Raises `ValueError` for a setting that makes no sense."
-    point: tuple = None  # (y, x) in pixels; None: the middle
+    point: tuple = None  # (y, x) in pixels; None: where the CAM is strongest
     block: int = -1  # of the last stage: -1 is its last block, -2 the one before
     head: int = 1  # of that block, from 1
     tags: tuple = None  # names of the classes that are present; None: the picture's own
@@ -71,12 +71,8 @@ def _kept(size):
 def _resize(x, size): return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 # %% ../nbs/14_explorer.ipynb #11-14-explorer
-CRF_SIDE = 160  # pixels
-
-class Bench:
-    """A picture, a network, and every stage between them, computed once. Raises `ValueError` where picture, classes and network do not fit.
-
-    A picture of more than 32 tokens a side is made smaller first: the largest scale of the CAM has up to 48 × 48 tokens then, and everything stays quick."""
+class _Seen:
+    "A picture and what the network sees in it."
     def __init__(self, net,  # an `AFANet`
                  sample: dict,  # `image` uint8 (3,H,W), `class_labels` (K,) in {0,1}, `name`, and where there is one `mask` (H,W): an item of a data set
                  classes,  # their names, background first
@@ -120,6 +116,29 @@ class Bench:
         chosen = self.own_tags if tags is None else tags
         return present_classes(torch.tensor([[float(c in chosen) for c in self.classes[1:]]], device=self.device))
 
+    def point(self, s: Settings) -> tuple[int, int]:
+        "(y, x) in pixels. Raises `ValueError` for a point outside the picture."
+        if s.point is None: return divmod(self.encoded()[2][0, self.present(s.tags)[0][0]].amax(0).argmax().item(), self.size[1])
+        if not all(0 <= at < side for at, side in zip(s.point, self.size)): raise ValueError(f"point {s.point} lies outside the picture of {self.size[0]}×{self.size[1]}")
+        return s.point
+
+    def asked(self, s: Settings) -> tuple:  # token (row, column); attention of block and head, mean over all maps, affinity, each (h,w)
+        "What the network answers about the point. Raises `ValueError` for a block or head that it does not have, or a point outside the picture."
+        attention, affinity, *_ = self.encoded()
+        if not (-self.blocks <= s.block <= -1 and 1 <= s.head <= self.heads): raise ValueError(f"block must be between -{self.blocks} and -1 and head between 1 and {self.heads}, not {s.block} and {s.head}")
+        (y, x), grid = self.point(s), token_grid(affinity.shape[-1], *self.size)
+        h, w = grid
+        row, column = y * h // self.size[0], x * w // self.size[1]
+        one = attention[(s.block + self.blocks) * self.heads + s.head - 1, row * w + column]
+        return (row, column), *(m.view(grid).cpu() for m in (one, attention[:, row * w + column].mean(0), affinity[row * w + column]))
+
+# %% ../nbs/14_explorer.ipynb #13-14-explorer
+CRF_SIDE = 160  # pixels
+
+class Bench(_Seen):
+    """A picture, a network, and every stage between them, computed once; arguments as above. Raises `ValueError` where picture, classes and network do not fit.
+
+    A picture of more than 32 tokens a side is made smaller first: the largest scale of the CAM has up to 48 × 48 tokens then, and everything stays quick."""
     @_kept(2)
     def transition(self, alpha, radius):
         "Eq. 6 for the affinity of the largest scale: T (1,N',N'), transposed; and its token grid."
@@ -178,21 +197,10 @@ class Bench:
         matrix.update(self.mask.long().masked_fill(ignored, 255), label.masked_fill(ignored, 0))
         return ignored.float().mean().item(), matrix.scores()["miou"]
 
-    def asked(self, s: Settings) -> tuple:  # token (row, column); attention of block and head, mean over all maps, affinity, each (h,w)
-        "What the network answers about the point. Raises `ValueError` for a block or head that it does not have, or a point outside."
-        attention, affinity, *_ = self.encoded()
-        if not (-self.blocks <= s.block <= -1 and 1 <= s.head <= self.heads): raise ValueError(f"block must be between -{self.blocks} and -1 and head between 1 and {self.heads}, not {s.block} and {s.head}")
-        y, x = s.point or (self.size[0] // 2, self.size[1] // 2)
-        if not (0 <= y < self.size[0] and 0 <= x < self.size[1]): raise ValueError(f"point ({y}, {x}) lies outside the picture of {self.size[0]}×{self.size[1]}")
-        h, w = grid = token_grid(affinity.shape[-1], *self.size)
-        row, column = y * h // self.size[0], x * w // self.size[1]
-        one = attention[(s.block + self.blocks) * self.heads + s.head - 1, row * w + column]
-        return (row, column), *(m.view(grid).cpu() for m in (one, attention[:, row * w + column].mean(0), affinity[row * w + column]))
-
     def figure(self, **changes):  # a matplotlib figure
         "The explorer's two rows for the bench's own settings with `changes`."
         s = replace(self.settings, **changes)
-        fig, axs = panels(2, 4, WIDTH, self.size[0] / self.size[1], above=2, below=1)
+        fig, axs = panels(2, 4, WIDTH, self.size[0] / self.size[1], above=2, below=2)
         draw_point(self, s, axs[0], 512)
         draw_label(self, s, axs[1], 512)
         return fig
@@ -202,7 +210,7 @@ class Bench:
         changes = [f"{f.name}={getattr(s, f.name)!r}" for f in fields(s) if getattr(s, f.name) != getattr(self.settings, f.name)]
         return f"from afa_nb.explorer import *; {self.source}.figure({', '.join(changes)})"
 
-# %% ../nbs/14_explorer.ipynb #13-14-explorer
+# %% ../nbs/14_explorer.ipynb #15-14-explorer
 @lru_cache(2)
 def _network(run, checkpoint): return load_run(run)
 
@@ -215,7 +223,7 @@ def _tagged(net, image):
     logits = net(normalize(image.to(next(net.parameters()).device))[None], seg=False, affinity=False).cls[0].cpu()
     return ((logits > 0) | (logits == logits.max())).float()
 
-# %% ../nbs/14_explorer.ipynb #14-14-explorer
+# %% ../nbs/14_explorer.ipynb #16-14-explorer
 def find_runs() -> list[Path]:
     "The folders in `runs/`, here and one folder up, that hold a checkpoint: the newest first."
     found = {p.parent for folder in ("runs", "../runs") for p in Path(folder).glob("*/config.json") if (p.parent / "checkpoints").is_dir()}
@@ -242,12 +250,12 @@ def open_bench(run,  # a run's folder
     settings = Settings(low=config.low, high=config.high, alpha=config.alpha, radius=config.radius, num_iter=config.par_iters)
     return Bench(net, sample, classes, config.cam_scales, config.dilations, settings, f"open_bench({str(run)!r}, {shown!r}{where})")
 
-# %% ../nbs/14_explorer.ipynb #23-14-explorer
-WIDTH = 2.3  # of a panel, in inches
+# %% ../nbs/14_explorer.ipynb #25-14-explorer
+WIDTH = 2.  # of a panel, in inches
 
 def _mark(bench, s, ax, token, grid, picture):
     "The star and its window."
-    (H, W), (y, x), (h, w), (row, column) = picture.shape[1:], s.point or (bench.size[0] // 2, bench.size[1] // 2), grid, token
+    (H, W), (y, x), (h, w), (row, column) = picture.shape[1:], bench.point(s), grid, token
     ax.plot((x + .5) * W / bench.size[1], (y + .5) * H / bench.size[0], "*", color="white", markersize=11, markeredgecolor="black")
     top, left, bottom, right = max(0, row - s.radius), max(0, column - s.radius), min(h, row + s.radius + 1), min(w, column + s.radius + 1)
     ax.add_patch(Rectangle((left * W / w - .5, top * H / h - .5), (right - left) * W / w, (bottom - top) * H / h, fill=False, edgecolor="white", linewidth=1.2))
@@ -258,13 +266,13 @@ def draw_point(bench: Bench, s: Settings,
     "The picture with the star, and attention of one head, mean attention and affinity from there; the window in white."
     token, one, mean, affinity = bench.asked(s)
     picture = bench.picture(side)
-    show_image(picture, axs[0], f"token {token}, window of radius {s.radius}")
+    show_image(picture, axs[0], f"token {token}, radius {s.radius}")
     show_heatmap(picture, one, axs[1], f"attention, block {s.block}, head {s.head}", vmax=max(one.quantile(.99).item(), 1e-8))
     show_heatmap(picture, mean, axs[2], f"attention, mean of {bench.blocks * bench.heads} maps", vmax=max(mean.quantile(.99).item(), 1e-8))
     show_heatmap(picture, affinity, axs[3], "learned affinity")
     for ax in axs: _mark(bench, s, ax, token, affinity.shape, picture)
 
-# %% ../nbs/14_explorer.ipynb #24-14-explorer
+# %% ../nbs/14_explorer.ipynb #26-14-explorer
 def draw_label(bench: Bench, s: Settings, axs, side: int = 256):  # as in `draw_point`
     "CAM, CAM after walk and refinement, pseudo label with the ignored part striped, and the ground truth where there is one; the classes' colours below."
     picture, (index, present), label = bench.picture(side), bench.present(s.tags), bench.label(s)
@@ -281,7 +289,7 @@ def draw_label(bench: Bench, s: Settings, axs, side: int = 256):  # as in `draw_
     shown = sum(x.flatten().bincount(minlength=256) for x in (label, bench.mask) if x is not None).nonzero()
     legend(axs[0].get_figure(), bench.classes, shown, loc="lower center", bbox_to_anchor=(.5, 0), ncols=8)
 
-# %% ../nbs/14_explorer.ipynb #31-14-explorer
+# %% ../nbs/14_explorer.ipynb #32-14-explorer
 def _widgets():
     "The widget libraries. Raises `ImportError` with what to install."
     try: import ipyevents, ipywidgets
@@ -298,7 +306,7 @@ def _hit(axs, x, y):
     for box in (ax.get_position() for ax in axs):
         if box.x0 <= x < box.x1 and box.y0 < 1 - y <= box.y1: return (box.y1 - 1 + y) / box.height, (x - box.x0) / box.width
 
-# %% ../nbs/14_explorer.ipynb #32-14-explorer
+# %% ../nbs/14_explorer.ipynb #33-14-explorer
 def _controls(W) -> dict:
     "The widgets by name; those of a setting have its name."
     wide, line = W.Layout(width="31%", min_width="270px"), dict(style=dict(description_width="76px"))
@@ -307,7 +315,7 @@ def _controls(W) -> dict:
     return dict(
         run=menu(W.Combobox, "run", continuous_update=False), data_root=menu(W.Combobox, "data", continuous_update=False, placeholder="the run's own"), split=menu(W.Dropdown, "split"),
         image=W.BoundedIntText(description="picture", layout=wide, **line), upload=W.FileUpload(description="own picture", accept="image/*", layout=W.Layout(width="150px")),
-        tags=W.TagsInput(allow_duplicates=False, layout=W.Layout(width="60%")),
+        tags=W.TagsInput(allow_duplicates=False, layout=W.Layout(width="40%")),
         block=menu(W.Dropdown, "block"), head=menu(W.Dropdown, "head"),
         scores=slider(W.FloatRangeSlider, "β_l, β_h", 0, 1, .01, readout_format=".2f"), alpha=slider(W.FloatSlider, "α", 0, 8, .25), radius=slider(W.IntSlider, "radius", 0, 24, 1),
         walk=W.ToggleButtons(options={"propagated": True, "refined CAM": False}, style=dict(button_width="104px")),
@@ -316,7 +324,7 @@ def _controls(W) -> dict:
         w3=slider(W.FloatSlider, "w3", 0, .2, .005, readout_format=".3f"),
         format=W.Dropdown(options=["png", "svg"], layout=W.Layout(width="70px")), save=W.Button(description="save the view", layout=W.Layout(width="130px")))
 
-# %% ../nbs/14_explorer.ipynb #33-14-explorer
+# %% ../nbs/14_explorer.ipynb #34-14-explorer
 def _careful(method):
     "Says an error in the explorer's last line, where the reader looks, instead of the server's log."
     @wraps(method)
@@ -325,25 +333,16 @@ def _careful(method):
         except (ValueError, OSError, ImportError, IndexError) as e: self.say(f"{type(e).__name__}: {e}", "#b00")
     return call
 
-class Explorer:
-    """The explorer as widgets: as the last line of a cell it shows itself, and where no kernel runs the same two rows as a picture. Raises `ImportError` without ipywidgets and ipyevents, else as `open_bench`.
-
-    `controls` are the widgets by name, `bench` and `settings` what is shown, `rows` the two pictures."""
-    def __init__(self, run, image=0, data_root=None, split: str = "val"):  # as in `open_bench`
-        W, ipyevents = _widgets()
-        self.controls, self.quiet = _controls(W), True
+class _View:
+    "What the explorer shows: controls, two rows, a line of code, a line of words."
+    def __init__(self, W):  # the module ipywidgets
+        self.controls = c = _controls(W)
         self.rows = {name: W.Image(layout=W.Layout(max_width="100%")) for name in ("point", "label")}
         self.line, self.message = W.HTML(), W.HTML()
-        self.events = [ipyevents.Event(source=row, watched_events=["click"]) for row in self.rows.values()]
-        for event in self.events: event.on_dom_event(self.click)
-        c, chooses = self.controls, dict(run=self.choose, data_root=self.choose, split=self.choose, image=self.choose, upload=self.upload)
-        for name in {*c} - {"format", "save"}: c[name].observe(chooses.get(name, self.turn), "value")
-        c["save"].on_click(self.save)
         together = lambda *names: W.HBox([W.HTML(f"{n}&nbsp;") if n not in c else c[n] for n in names], layout=W.Layout(flex_flow="row wrap", align_items="center"))
         self.box = W.VBox([together("run", "data_root", "split"), together("image", "upload", "tags:", "tags"), together("block", "head"), self.rows["point"],
                            together("scores", "alpha", "radius"), together("num_iter", "w1", "w2"), together("w3", "walk", "refinement"), self.rows["label"],
                            together("save", "format"), self.line, self.message])
-        self.open(run, image, data_root, split)
 
     def open(self, run, image=0, data_root=None, split: str = "val"):
         "Shows another picture, data set or run; arguments as in `open_bench`."
@@ -372,14 +371,31 @@ class Explorer:
     def draw(self, settings: Settings, *rows):
         "Draws the named rows; the settings count as shown when all went well."
         for name in rows:
-            fig, axs = panels(1, 4, WIDTH, self.bench.size[0] / self.bench.size[1], above=2, below=1)
+            fig, axs = panels(1, 4, WIDTH, self.bench.size[0] / self.bench.size[1], above=2, below=2)
             dict(point=draw_point, label=draw_label)[name](self.bench, settings, axs[0])
             self.rows[name].value, self.panels = _png(fig), axs[0]
-        self.settings = settings
+        self.settings, method = settings, settings.refinement
+        uses = dict(alpha=settings.walk, num_iter=method != "none", w1=method in ("PAR", "PAMR"), w2=method == "PAR", w3=method == "PAR")
+        for name, used in uses.items(): self.controls[name].disabled = not used
         self.line.value = f'<code style="user-select:all; white-space:normal">{escape(self.bench.code(settings))}</code>'
         self.say("")
 
     def say(self, text, colour="inherit"): self.message.value = f'<span style="color:{colour}">{escape(text)}</span>'
+
+# %% ../nbs/14_explorer.ipynb #35-14-explorer
+class Explorer(_View):
+    """The explorer as widgets: as the last line of a cell it shows itself, and where no kernel runs the same two rows as a picture. Raises `ImportError` without ipywidgets and ipyevents, else as `open_bench`.
+
+    `controls` are the widgets by name, `bench` and `settings` what is shown, `rows` the two pictures."""
+    def __init__(self, run, image=0, data_root=None, split: str = "val"):  # as in `open_bench`
+        W, ipyevents = _widgets()
+        super().__init__(W)
+        self.open(run, image, data_root, split)
+        self.events = [ipyevents.Event(source=row, watched_events=["click"]) for row in self.rows.values()]
+        for event in self.events: event.on_dom_event(self.click)
+        c, chooses = self.controls, dict(run=self.choose, data_root=self.choose, split=self.choose, image=self.choose, upload=self.upload)
+        for name in {*c} - {"format", "save"}: c[name].observe(chooses.get(name, self.turn), "value")
+        c["save"].on_click(self.save)
 
     @_careful
     def turn(self, change):

@@ -1,12 +1,13 @@
 """The explorer as a reader's hand finds it: the notebook in JupyterLab, in a real browser.
 
-Screenshots go to $AFA_NB_SCREENSHOTS where that is set; $AFA_NB_RUN names the run to show instead of one the notebook trains."""
+Screenshots go to $AFA_NB_SCREENSHOTS where that is set; $AFA_NB_PARAMETERS, as JSON, are the notebook's parameters, for instance {"run": "a run's folder"}."""
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def lab(tmp_path_factory):
     notebook = json.loads((nbs / "14_explorer.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code": cell["outputs"] = []
-        if "parameters" in cell["metadata"].get("tags", []) and "AFA_NB_RUN" in os.environ: cell["source"] += [f"\nrun = {os.environ['AFA_NB_RUN']!r}"]
+        if "parameters" in cell["metadata"].get("tags", []): cell["source"] += [f"\n{name} = {value!r}" for name, value in json.loads(os.environ.get("AFA_NB_PARAMETERS", "{}")).items()]
     (nbs / "14_explorer.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     tracker = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
@@ -44,9 +45,15 @@ def lab(tmp_path_factory):
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
                                    f"--ServerApp.root_dir={nbs}", "--IdentityProvider.token=test", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
                                   stdout=log, stderr=log, env=environment)
+    for _ in range(300):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0: break
+        assert server.poll() is None, (folder / "log").read_text()
+        time.sleep(1)
     yield f"http://127.0.0.1:{port}/lab/tree/14_explorer.ipynb?token=test"
     server.terminate()
-    server.wait(30)
+    try: server.wait(60)
+    except subprocess.TimeoutExpired: server.kill()
 
 
 @pytest.fixture
@@ -58,11 +65,7 @@ def page(lab):
         page.problems = []
         page.on("console", lambda message: page.problems.append(f"{message.text} {message.location.get('url', '')}") if message.type == "error" else None)
         page.on("pageerror", lambda error: page.problems.append(str(error)))
-        for attempt in range(60):  # the server takes a while to start
-            try: page.goto(lab); break
-            except sync_api.Error:
-                if attempt == 59: raise
-                page.wait_for_timeout(1000)
+        page.goto(lab, timeout=120_000)
         page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=300_000)
         page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.finished = true) }")
         page.wait_for_function("window.finished", timeout=600_000)
@@ -100,8 +103,8 @@ def test_a_click_and_a_slider_change_the_picture(page, tmp_path):
     box = point.bounding_box()
     act("click", point, lambda: point.click(position=dict(x=.06 * box["width"], y=.35 * box["height"])))
     assert "point=" in explorer.locator("code").inner_text()
-    act("scores", label, lambda: drag("β_l, β_h", 60))
-    act("iterations", label, lambda: drag("iterations", -60))
+    act("scores", label, lambda: drag("β_l, β_h", 12))
+    act("iterations", label, lambda: drag("iterations", -40))
     assert "num_iter=" in explorer.locator("code").inner_text()
     assert point.screenshot() != pixels[0] and label.screenshot() != pixels[1]
     assert page.locator(ERRORS).all_inner_texts() == []

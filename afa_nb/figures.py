@@ -113,7 +113,7 @@ def panels(
     fig_w, fig_h = cols * (width + gap) - gap, pitch.sum()
     fig = _Figure(figsize=(fig_w, fig_h), dpi=80)
     bottoms = fig_h - pitch.cumsum() + line * below
-    axs = [[fig.add_axes((c * (width + gap) / fig_w, b / fig_h, width / fig_w, h / fig_h)) for c in range(cols)] for b, h in zip(bottoms, heights)]
+    axs = [[fig.add_axes((c * (width + gap) / fig_w, b / fig_h, width / fig_w, h / fig_h), xticks=(), yticks=()) for c in range(cols)] for b, h in zip(bottoms, heights)]
     return fig, np.array(axs)
 
 # %% ../nbs/03_figures.ipynb #22-03-figures

@@ -187,11 +187,12 @@ def test_two_processes_learn_what_one_learns(root, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     done = subprocess.run(command(root, one, **settings), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # on CPUs `accelerate launch` starts one process unless there is MPI
     script = tmp_path / "run.py"
     script.write_text(command(root, two, **settings)[2])
-    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((two / "checkpoints").glob("step-*/random-*.pt"))) == 2 * len(list((two / "checkpoints").glob("step-*"))), "a random state from each of two processes"
     a, b = ([r for r in read_metrics(run) if r["kind"] == "train"] for run in (one, two))
     assert [r["step"] for r in a] == [r["step"] for r in b] == [1, 2, 3, 4, 5, 6]
     assert a[0]["loss_cls"] == pytest.approx(b[0]["loss_cls"], rel=.1)

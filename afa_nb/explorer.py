@@ -89,6 +89,7 @@ class _Seen:
             self.image = resize(self.image, None, max_size=side, antialias=True)
             if self.mask is not None: self.mask = resize(self.mask[None], None, InterpolationMode.NEAREST_EXACT, max_size=side)[0]
         self.size, self.device = tuple(self.image.shape[1:]), next(net.parameters()).device
+        self.known = {}  # what `strongest` found
         self.blocks, self.heads = min(2, len(net.encoder.stages[-1].blocks)), net.encoder.stages[-1].blocks[-1].attn.num_heads
 
     @_kept(1)
@@ -133,7 +134,7 @@ class _Seen:
         return (row, column), *(m.view(grid).cpu() for m in (one, attention[:, row * w + column].mean(0), affinity[row * w + column]))
 
 # %% ../nbs/14_explorer.ipynb #13-14-explorer
-CRF_SIDE = 160  # pixels
+CRF_SIDE = 128  # pixels
 
 class Bench(_Seen):
     """A picture, a network, and every stage between them, computed once; arguments as above. Raises `ValueError` where picture, classes and network do not fit.
@@ -160,33 +161,34 @@ class Bench(_Seen):
         par = PAR(self.dilations, 0, w1, w2, w3) if refinement == "PAR" else PAMR(self.dilations, 0, w1)
         return par, par.kernel(self.small())
 
-    @_kept(8)
-    def refined(self, score, tags, walk, refinement, num_iter, weights):
-        "The shares after the refinement (1,M+1,·,·)."
-        maps = self.shares(score, tags, walk)
+    def refined(self, maps: list, refinement, num_iter, weights) -> list:
+        "Shares (1,M+1,·,·) after the refinement; several in one go."
         if refinement == "none": return maps
-        if refinement == "CRF":
-            image = self.picture(CRF_SIDE)
-            shrunk = max(image.shape) / max(self.size)
-            return torch.from_numpy(dense_crf(image, _resize(maps, image.shape[1:])[0], num_iter, pos_std=3 * shrunk, bi_xy=64 * shrunk))[None].to(self.device)
+        if refinement == "CRF": return [self.crf(m, num_iter) for m in maps]
         par, kernel = self.refiner(refinement, *weights)
         par.num_iter = num_iter
-        return par(self.small(), maps, kernel)
+        return par(self.small(), torch.cat(maps, 1), kernel).chunk(len(maps), 1)
 
-    @_kept(8)
-    def strongest(self, *args):
-        "The arguments of `refined` → the class (H,W) of the largest share."
-        index, _ = self.present(args[1])
-        return torch.cat([torch.zeros_like(index[0, :1]), index[0] + 1])[_resize(self.refined(*args), self.size)[0].argmax(0)]
+    def crf(self, maps, num_iter):
+        image = self.picture(CRF_SIDE)
+        shrunk = max(image.shape) / max(self.size)
+        return torch.from_numpy(dense_crf(image, _resize(maps, image.shape[1:])[0], num_iter, pos_std=3 * shrunk, bi_xy=64 * shrunk))[None].to(self.device)
 
-    def stage(self, s: Settings, score) -> tuple:
-        "The arguments of `refined` for one background score."
-        weights = dict(PAR=(s.w1, s.w2, s.w3), PAMR=(s.w1, 0, 0)).get(s.refinement)
-        return score, s.tags, (s.alpha, s.radius) if s.walk else None, s.refinement, s.num_iter, weights
+    def strongest(self, s: Settings) -> list:  # for β_h and for β_l: refined shares (1,M+1,·,·), the class (H,W) of the largest
+        "Both scores' maps and labels: those not among the last eight are computed."
+        shared = s.tags, (s.alpha, s.radius) if s.walk else None, s.refinement, s.num_iter, dict(PAR=(s.w1, s.w2, s.w3), PAMR=(s.w1, 0, 0)).get(s.refinement)
+        keys = [(score, *shared) for score in (s.high, s.low)]
+        if missing := [k for k in dict.fromkeys(keys) if k not in self.known]:
+            index = self.present(s.tags)[0][0]
+            classes = torch.cat([torch.zeros_like(index[:1]), index + 1])
+            for k, maps in zip(missing, self.refined([self.shares(*k[:3]) for k in missing], *shared[2:])): self.known[k] = maps, classes[_resize(maps, self.size)[0].argmax(0)]
+        found = [self.known[k] for k in keys]
+        for k in [k for k in self.known if k not in keys][:max(0, len(self.known) - 8)]: del self.known[k]
+        return found
 
     def label(self, s: Settings) -> torch.Tensor:  # (H,W) long: class, 0 background, 255 ignored
         "The pseudo label: `propagated_labels`, or without the walk `refined_labels`."
-        high, low = (self.strongest(*self.stage(s, score)) for score in (s.high, s.low))
+        (_, high), (_, low) = self.strongest(s)
         return high.masked_fill((high == 0) & (low != 0), 255).cpu()
 
     def scores(self, label) -> tuple:  # share of ignored pixels; mIoU of the others in [0,1], None without a mask
@@ -276,7 +278,7 @@ def draw_point(bench: Bench, s: Settings,
 def draw_label(bench: Bench, s: Settings, axs, side: int = 256):  # as in `draw_point`
     "CAM, CAM after walk and refinement, pseudo label with the ignored part striped, and the ground truth where there is one; the classes' colours below."
     picture, (index, present), label = bench.picture(side), bench.present(s.tags), bench.label(s)
-    maps = bench.refined(*bench.stage(s, s.high))[0].cpu().clamp(min=1e-6)
+    maps = bench.strongest(s)[0][0][0].cpu().clamp(min=1e-6)
     units = ((maps[1:] / maps[0]).log() + s.high).amax(0).clamp(0, 1) * present.max().item()
     nearest = lambda x: F.interpolate(x[None, None].float(), picture.shape[1:], mode="nearest-exact")[0, 0].long()
     (ignored, miou), steps = bench.scores(label), " + ".join(["walk"] * s.walk + [s.refinement] * (s.refinement != "none")) or "as it is"
@@ -366,14 +368,16 @@ class _View:
             if f.name in c: c[f.name].value = list(bench.own_tags) if f.name == "tags" else getattr(bench.settings, f.name)
         c["scores"].value = bench.settings.low, bench.settings.high
         self.quiet = False
+        self.figures = {name: panels(1, 4, WIDTH, bench.size[0] / bench.size[1], above=2, below=2) for name in self.rows}
         self.draw(bench.settings, "point", "label")
 
     def draw(self, settings: Settings, *rows):
         "Draws the named rows; the settings count as shown when all went well."
         for name in rows:
-            fig, axs = panels(1, 4, WIDTH, self.bench.size[0] / self.bench.size[1], above=2, below=2)
+            fig, axs = self.figures[name]
+            for artist in [*fig.legends, *(artist for ax in axs[0] for artist in (*ax.images, *ax.lines, *ax.patches))]: artist.remove()
             dict(point=draw_point, label=draw_label)[name](self.bench, settings, axs[0])
-            self.rows[name].value, self.panels = _png(fig), axs[0]
+            self.rows[name].value = _png(fig)
         self.settings, method = settings, settings.refinement
         uses = dict(alpha=settings.walk, num_iter=method != "none", w1=method in ("PAR", "PAMR"), w2=method == "PAR", w3=method == "PAR")
         for name, used in uses.items(): self.controls[name].disabled = not used
@@ -410,7 +414,7 @@ class Explorer(_View):
     @_careful
     def click(self, event):
         "A click at `relativeX`, `relativeY` of a row that is `boundingRectWidth` × `boundingRectHeight` on the screen."
-        if at := _hit(self.panels, event["relativeX"] / event["boundingRectWidth"], event["relativeY"] / event["boundingRectHeight"]):
+        if at := _hit(self.figures["point"][1][0], event["relativeX"] / event["boundingRectWidth"], event["relativeY"] / event["boundingRectHeight"]):
             self.draw(replace(self.settings, point=tuple(int(share * side) for share, side in zip(at, self.bench.size))), "point")
 
     @_careful

@@ -443,4 +443,4 @@ class Explorer(_View):
         self.say(f"saved as {path}; the line above draws it again")
 
     def _repr_mimebundle_(self, **kwargs):
-        return self.box._repr_mimebundle_(**kwargs) | {"image/png": b64encode(self.bench.figure(**vars(self.settings))._repr_png_()).decode()}
+        return self.box._repr_mimebundle_(**kwargs) | {"text/plain": f"explorer: {self.bench.name}", "image/png": b64encode(self.bench.figure(**vars(self.settings))._repr_png_()).decode()}

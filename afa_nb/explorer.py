@@ -134,7 +134,7 @@ class _Seen:
         return (row, column), *(m.view(grid).cpu() for m in (one, attention[:, row * w + column].mean(0), affinity[row * w + column]))
 
 # %% ../nbs/14_explorer.ipynb #13-14-explorer
-CRF_SIDE = 128  # pixels
+CRF_SIDE = 112  # pixels
 
 class Bench(_Seen):
     """A picture, a network, and every stage between them, computed once; arguments as above. Raises `ValueError` where picture, classes and network do not fit.

@@ -6,7 +6,7 @@
 __all__ = ['SUPERVISION', 'PRESETS', 'Config', 'preset', 'configure', 'check', 'learning_rate', 'parameter_groups', 'RandomOrder',
            'TrainSet', 'open_data', 'open_split', 'Labeller', 'training_step', 'save_checkpoint', 'save_weights',
            'newest_checkpoint', 'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'NotFinite',
-           'seed_everything', 'train', 'device_name', 'load_run', 'evaluate_run']
+           'seed_everything', 'train', 'device_name', 'evaluation_settings', 'load_run', 'evaluate_run']
 
 # %% ../nbs/13_training.ipynb #02-13-training
 import hashlib, json, math, os, random, shutil, time
@@ -528,12 +528,15 @@ def device_name(device) -> str:
     "What a figure was measured on."
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
+def evaluation_settings(config: Config) -> dict:
+    "What `evaluation.evaluate` and `evaluation.ladder_labels` must know of a run, so that pictures show what the table measures."
+    return dict(par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background, radius=config.radius, alpha=config.alpha, long_side=config.long_side)
+
 def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, accelerator=None, final=False):
     "Adds one row of the ladder to the metrics. A network that learned from masks has no CAM."
     if config.supervision == "mask": ladder = [rung for rung in ladder if rung.startswith("seg")]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.compiler.set_stance("force_eager"):  # each size of image would be compiled
-        row = evaluate(net, dataset, ladder=ladder, limit=limit, par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background,
-                       radius=config.radius, alpha=config.alpha, long_side=config.long_side, accelerator=accelerator, num_workers=config.num_workers)
+        row = evaluate(net, dataset, ladder=ladder, limit=limit, accelerator=accelerator, num_workers=config.num_workers, **evaluation_settings(config))
     name = "shapes" if config.data_root is None else Path(config.data_root).name
     row.update(kind="eval", step=step, split=split, limit=limit, data=name, seed=config.seed, final=final, device=device_name(row["device"]))
     metrics.add(**row)

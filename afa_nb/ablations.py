@@ -11,7 +11,7 @@ __all__ = ['FIELDS', 'Job', 'COLOURS', 'SYSTEMS', 'Published', 'TABLES_5_6', 'LA
            'result_figure', 'own_picture', 'pictures_for_print', 'save_print']
 
 # %% ../nbs/18_ablations.ipynb #02-18-ablations
-import contextlib, csv, hashlib, json, os, time
+import contextlib, csv, hashlib, json, time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
@@ -28,7 +28,7 @@ from matplotlib.patches import Patch
 from torch.utils.data import default_collate
 
 from .cam import cam_to_label, multi_scale_cam, normalize_cam
-from .data import read_image
+from .data import atomic_write, read_image
 from .evaluation import ConfusionMatrix, crf_labels, evaluate, ladder_labels, raw_affinity
 from .figures import _Figure, ladder_grid, panels, show_heatmap, show_image
 from .par import PAMR, PAR
@@ -172,13 +172,10 @@ def read_results(path) -> list[dict]:
 
 def _write_results(path, rows):
     "Replaces the CSV in one move: it is whole at any time."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
+    with atomic_write(path) as file, open(file, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 # %% ../nbs/18_ablations.ipynb #23-18-ablations
 def cells(a: Ablation) -> list[tuple]:  # (Row, settings of its network, cell of the CSV without `value`)

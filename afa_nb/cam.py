@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .transforms import resize_bilinear
+
 # %% ../nbs/05_cam.ipynb #05-05-cam
 def topk_pool(features: torch.Tensor,  # (B,C,H,W)
               k="max",  # share in (0,1] of positions to average: 1.0 is average pooling; "max" is maximum pooling
@@ -47,15 +49,14 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
     "§3.2: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
     if min(scales, default=0) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     size, total, affinity = image.shape[-2:], 0, None
-    resize = lambda x, size: x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
     for s in scales:
-        x = resize(image, torch.Size(int(s * side) for side in size))
+        x = resize_bilinear(image, [int(s * side) for side in size])
         if s == max(scales): cam, affinity = model.cam(x)
         elif s == 1 and first is not None: cam = first.detach()
         else: cam = None
         if cam is not None: mirrored = model.cam(x.flip(-1), affinity=False)[0]
         else: cam, mirrored = model.cam(torch.cat([x, x.flip(-1)]), affinity=False)[0].chunk(2)
-        total = total + torch.maximum(resize(cam.float(), size), resize(mirrored.float(), size).flip(-1)).relu()
+        total = total + torch.maximum(resize_bilinear(cam.float(), size), resize_bilinear(mirrored.float(), size).flip(-1)).relu()
     return normalize_cam(total), affinity
 
 # %% ../nbs/05_cam.ipynb #33-05-cam

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'VOC_CLASSES', 'FEW_IMAGES', 'TRAIN_AUG', 'TAG_TABLES', 'read_image', 'read_mask', 'voc_palette',
-           'save_mask', 'read_classes', 'tags_from_masks', 'tags_from_xml', 'read_tags', 'Record', 'TaggedImages',
-           'problems', 'summary', 'voc_folder', 'find_voc_root', 'train_aug_names', 'cache_dir', 'voc', 'download_voc',
-           'download_sbd', 'prepare_sbd', 'draw_instances', 'CocoImages', 'coco', 'coco_splits', 'tagged_images',
-           'layout', 'load']
+           'atomic_write', 'save_mask', 'read_classes', 'tags_from_masks', 'tags_from_xml', 'read_tags', 'Record',
+           'TaggedImages', 'problems', 'summary', 'voc_folder', 'find_voc_root', 'train_aug_names', 'cache_dir', 'voc',
+           'download_voc', 'download_sbd', 'prepare_sbd', 'draw_instances', 'CocoImages', 'coco', 'coco_splits',
+           'tagged_images', 'layout', 'load']
 
 # %% ../nbs/00_data.ipynb #02-00-data
 import array, contextlib, csv, hashlib, json, os, re, secrets, shutil, tarfile, tempfile, unicodedata, warnings, zlib
@@ -77,22 +77,24 @@ def voc_palette() -> np.ndarray: # uint8 (256,3)
 
 # %% ../nbs/00_data.ipynb #17-00-data
 @contextlib.contextmanager
-def _written_whole(path):
-    "A file to write to, which takes the place of `path` once all is written. If that fails (a full disk), nothing is left."
-    temporary = Path(path).with_name(f".{secrets.token_hex(4)}-{Path(path).name}")
+def atomic_write(path): # of any kind of file; its folder is made
+    """The name of a new file beside `path` to write to, with the same extension. It takes the place of `path` when the block ends; if the block fails
+    (a full disk), the old file stays and the new one is removed. Of several processes that write the same file at once, the last one wins."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}") # hidden: what a kill leaves of it is no picture and no mask to any reader here
     try:
-        with open(temporary, "wb") as f: yield f
+        yield temporary
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_data.ipynb #18-00-data
 def save_mask(mask, # class indices (H,W), 0…255
               path):
-    """Write a palette PNG with VOC's colours, the format of VOC's own masks and of its test server.
-    A mask that is there is whole: it is written beside `path` and then renamed."""
+    "Write a palette PNG with VOC's colours, the format of VOC's own masks and of its test server, by `atomic_write`."
     im = Image.fromarray(np.asarray(mask, np.uint8))
     im.putpalette(voc_palette().tobytes())
-    with _written_whole(path) as f: im.save(f, "PNG")
+    with atomic_write(path) as file: im.save(file, "PNG")
 
 # %% ../nbs/00_data.ipynb #23-00-data
 def read_classes(root) -> list[str]: # background first
@@ -354,9 +356,7 @@ def _cached_tags(read, # `tags_from_masks` or `tags_from_xml`
     with contextlib.suppress(OSError, ValueError, EOFError):
         if (tags := np.load(file)).shape == (len(paths), len(classes) - 1): return tags
     tags = read(paths, classes)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with _written_whole(file) as f: np.save(f, tags)
+    with contextlib.suppress(OSError), atomic_write(file) as new: np.save(new, tags)
     return tags
 
 # %% ../nbs/00_data.ipynb #58-00-data
@@ -673,9 +673,7 @@ class CocoImages(TaggedImages):
         try: mask = draw_instances(self.index.read_instances(row), *self.index.size[row].tolist())
         except ValueError as e: raise ValueError(f"{self.index.path}, {name}: {e}") from e
         if self.kept:
-            try:
-                (self.kept/name).parent.mkdir(parents=True, exist_ok=True)
-                save_mask(mask, self.kept/f"{name}.png")
+            try: save_mask(mask, self.kept/f"{name}.png")
             except OSError as e: warnings.warn(f"{self.kept/name}.png: not kept, will be drawn again ({e.strerror or e})")
         return mask
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from .data import save_mask
-from .transforms import normalize
+from .data import atomic_write, save_mask
+from .transforms import normalize, resize_bilinear
 from .model import AFANet
 from .cam import box_mask, cam_to_label, multi_scale_cam
 from .par import PAR
@@ -100,12 +100,10 @@ def _eval_mode(net):
         with torch.inference_mode(): yield
     finally: net.train(training)
 
-def _resize(x, size): return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
 # %% ../nbs/12_evaluation.ipynb #17-12-evaluation
-def _segment(net, image):
-    "Segmentation logits, without the attention and affinity that our own network would store beside them."
-    return (net(image, affinity=False) if isinstance(net, AFANet) else net(image)).seg.float()
+def _forward(net, image):
+    "The network's output, without the attention and affinity that our own network would store beside it."
+    return net(image, affinity=False) if isinstance(net, AFANet) else net(image)
 
 # %% ../nbs/12_evaluation.ipynb #18-12-evaluation
 def predict(
@@ -115,25 +113,29 @@ def predict(
     flip=None, # average with the mirrored image; None: the protocol's
     protocol="released", # a row of `PROTOCOLS`
     long_side="protocol", # pixels of the longer side at scale 1; None: as the image is
-) -> torch.Tensor: # float32 (B,C,H,W) logits
-    "Segmentation logits at the image's own size under a test protocol (decision 14). The softmax of the result is a probability. Raises `ValueError` for an unknown protocol or a wrong shape."
+    with_cls:bool=False, # also give the classification logits of the unmirrored image at scale 1
+) -> torch.Tensor: # float32 (B,C,H,W) logits; with `with_cls` a pair of these and float32 (B,K)
+    "Segmentation logits at the image's own size under a test protocol (decision 14). The softmax of the result is a probability. Raises `ValueError` for an unknown protocol, a wrong shape, or `with_cls` without scale 1."
     if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
     row = PROTOCOLS[protocol]
     scales, flip = row["scales"] if scales is None else tuple(scales), row["flip"] if flip is None else flip
     long_side = row["long_side"] if long_side == "protocol" else long_side
     if not scales or min(scales) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
+    if with_cls and 1 not in scales: raise ValueError(f"with_cls needs scale 1, but the scales are {scales}")
     size, x = image.shape[-2:], image
-    if long_side: x = _resize(x, [max(1, int(side * (long_side / max(size)))) for side in size])
-    best = None
+    if long_side: x = resize_bilinear(x, [max(1, int(side * (long_side / max(size)))) for side in size])
+    best = cls = None
     with _eval_mode(net):
         for s in sorted(scales, key=lambda s: (s != 1, -s)): # scale 1 first: its grid is the common one
             xs = x if s == 1 else F.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False)
-            logits = _segment(net, torch.cat([xs, xs.flip(-1)]) if flip else xs)
-            if best is not None: logits = _resize(logits, best.shape[-2:])
+            out = _forward(net, torch.cat([xs, xs.flip(-1)]) if flip else xs)
+            if with_cls and s == 1: cls = out.cls[:len(x)].float()
+            logits = out.seg.float() if best is None else resize_bilinear(out.seg.float(), best.shape[-2:])
             if flip: logits = (logits[:len(x)] + logits[len(x):].flip(-1)) / 2
             best = logits if best is None else torch.maximum(best, logits)
-    return _resize(best, size)
+    best = resize_bilinear(best, size)
+    return (best, cls) if with_cls else best
 
 # %% ../nbs/12_evaluation.ipynb #22-12-evaluation
 def dense_crf(
@@ -279,7 +281,7 @@ def _attention_affinity(net, x, scale):
     "`raw_affinity` of the normalised images `x` at `scale`."
     scales = [m.scale for m in net.modules() if isinstance(getattr(m, "scale", None), float)]
     if not scales: raise ValueError("raw_attention needs an encoder whose attention modules have the factor 1/√d as `scale`, as timm's do")
-    return raw_affinity(net(_resize(x, [int(scale * side) for side in x.shape[-2:]]), seg=False).attention, scales[-1])
+    return raw_affinity(net(resize_bilinear(x, [int(scale * side) for side in x.shape[-2:]]), seg=False).attention, scales[-1])
 
 def _check_rungs(rungs):
     unknown = [r for r in rungs if r not in LADDER + _EXTRA]
@@ -313,7 +315,7 @@ def _climb(net, image, class_labels, mask, rungs, par, scales, background, radiu
         raw_attention_par=lambda: walk(once, attention()),
         oracle=lambda: walk(None, oracle()),
         oracle_par=lambda: walk(once, oracle()),
-        seg=lambda: _resize(here.seg.float(), x.shape[-2:]).argmax(1),
+        seg=lambda: resize_bilinear(here.seg.float(), x.shape[-2:]).argmax(1),
         seg_ms=lambda: logits(protocol).argmax(1),
         seg_ms_author=lambda: logits("author").argmax(1),
         seg_crf=lambda: logits(protocol).softmax(1))
@@ -450,16 +452,6 @@ def trivial_baselines(
 # %% ../nbs/12_evaluation.ipynb #61-12-evaluation
 VOC_SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
 
-def _write(path, save):
-    "Call `save(file name)` for a temporary name beside `path`, then rename: `path` is whole or absent."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 # %% ../nbs/12_evaluation.ipynb #62-12-evaluation
 def save_soft_label(
     prob, # float (C,H,W), probabilities
@@ -471,7 +463,7 @@ def save_soft_label(
     if Path(path).suffix != ".npz": raise ValueError(f"{path}: the name of a soft label ends in .npz")
     steps = (255 * prob + .5).astype(np.uint8)
     classes = np.flatnonzero(steps.any((1, 2)))
-    _write(path, lambda file: np.savez_compressed(file, classes=classes.astype(np.uint8), probability=steps[classes], num_classes=len(prob)))
+    with atomic_write(path) as file: np.savez_compressed(file, classes=classes.astype(np.uint8), probability=steps[classes], num_classes=len(prob))
 
 def load_soft_label(path) -> np.ndarray: # float32 (C,H,W), within 1/510 of what was saved
     "The probabilities of a soft label."
@@ -500,5 +492,5 @@ def export_masks(
     for name, found in tqdm(refined, total=len(dataset), desc="export", disable=not progress, leave=False):
         files.append(Path(folder) / f"{name}.{'npz' if soft else 'png'}")
         if soft: save_soft_label(found, files[-1])
-        else: _write(files[-1], functools.partial(save_mask, found))
+        else: save_mask(found, files[-1])
     return files

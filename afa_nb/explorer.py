@@ -29,7 +29,7 @@ from .pseudo_labels import half, present_classes, token_grid
 from .random_walk import transition_matrix
 from .shapes import shapes_root
 from .training import load_run, newest_checkpoint
-from .transforms import normalize
+from .transforms import normalize, resize_bilinear
 
 # %% ../nbs/14_explorer.ipynb #06-14-explorer
 REFINEMENTS = ("PAR", "PAMR", "CRF", "none")
@@ -67,8 +67,6 @@ def _kept(size):
             return self.__dict__[name](*args)
         return call
     return decorate
-
-def _resize(x, size): return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 # %% ../nbs/14_explorer.ipynb #11-14-explorer
 class _Seen:
@@ -152,8 +150,8 @@ class Bench(_Seen):
         "Decision 5: the softmax (1,M+1,·,·) of the background score and the present CAMs, and for `walk` = (alpha, radius) after Eq. 7."
         index, present = self.present(tags)
         T, grid = self.transition(*walk) if walk else (None, [side // 2 for side in self.size])
-        maps = background_softmax(_resize(self.encoded()[2][:, index[0]], grid), present, score)
-        return _resize((maps.flatten(2) @ T).view_as(maps), self.size) if walk else maps
+        maps = background_softmax(resize_bilinear(self.encoded()[2][:, index[0]], grid), present, score)
+        return resize_bilinear((maps.flatten(2) @ T).view_as(maps), self.size) if walk else maps
 
     @_kept(4)
     def refiner(self, refinement, w1, w2, w3):
@@ -172,7 +170,7 @@ class Bench(_Seen):
     def crf(self, maps, num_iter):
         image = self.picture(CRF_SIDE)
         shrunk = max(image.shape) / max(self.size)
-        return torch.from_numpy(dense_crf(image, _resize(maps, image.shape[1:])[0], num_iter, pos_std=3 * shrunk, bi_xy=64 * shrunk))[None].to(self.device)
+        return torch.from_numpy(dense_crf(image, resize_bilinear(maps, image.shape[1:])[0], num_iter, pos_std=3 * shrunk, bi_xy=64 * shrunk))[None].to(self.device)
 
     def strongest(self, s: Settings) -> list:  # for β_h and for β_l: refined shares (1,M+1,·,·), the class (H,W) of the largest
         "Both scores' maps and labels: those not among the last eight are computed."
@@ -181,7 +179,7 @@ class Bench(_Seen):
         if missing := [k for k in dict.fromkeys(keys) if k not in self.known]:
             index = self.present(s.tags)[0][0]
             classes = torch.cat([torch.zeros_like(index[:1]), index + 1])
-            for k, maps in zip(missing, self.refined([self.shares(*k[:3]) for k in missing], *shared[2:])): self.known[k] = maps, classes[_resize(maps, self.size)[0].argmax(0)]
+            for k, maps in zip(missing, self.refined([self.shares(*k[:3]) for k in missing], *shared[2:])): self.known[k] = maps, classes[resize_bilinear(maps, self.size)[0].argmax(0)]
         found = [self.known[k] for k in keys]
         for k in [k for k in self.known if k not in keys][:max(0, len(self.known) - 8)]: del self.known[k]
         return found

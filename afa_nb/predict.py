@@ -20,12 +20,12 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from . import evaluation
-from .data import _images_below, read_image, read_tags, save_mask
-from .evaluation import PROTOCOLS, _resize, _write, dense_crf, dense_crf_pool
+from .data import _images_below, atomic_write, read_image, read_tags, save_mask
+from .evaluation import PROTOCOLS, dense_crf, dense_crf_pool
 from .figures import overlay
 from .model import AFANet
 from .training import load_run
-from .transforms import normalize
+from .transforms import normalize, resize_bilinear
 
 # %% ../nbs/15_predict.ipynb #07-15-predict
 def to_picture(image,  # a path, a PIL image, a uint8 array (H,W,3) or (H,W), or a uint8 tensor (3,H,W)
@@ -52,7 +52,7 @@ def enlarge_labels(prob: torch.Tensor,  # (C,h,w)
     above = y.long()
     below, share = (above + 1).clamp(max=h - 1), (y - above)[:, None]
     rows = max(1, most // (C * W))
-    labels = [_resize(torch.lerp(prob[:, a], prob[:, b], s)[None], (len(a), W))[0].argmax(0).byte().cpu() for a, b, s in zip(*(x.split(rows) for x in (above, below, share)))]
+    labels = [resize_bilinear(torch.lerp(prob[:, a], prob[:, b], s)[None], (len(a), W))[0].argmax(0).byte().cpu() for a, b, s in zip(*(x.split(rows) for x in (above, below, share)))]
     return torch.cat(labels).numpy()
 
 # %% ../nbs/15_predict.ipynb #15-15-predict
@@ -115,10 +115,9 @@ class Predictor:
         factor = self.long_side / max(h, w) if self.long_side else 1
         least = math.ceil(32 / (factor * self.smallest))
         x = F.pad(x, (0, max(0, least - w), 0, max(0, least - h)), mode="replicate")
-        logits = evaluation.predict(self.net, x, protocol=self.protocol, long_side=self.long_side)[0, :, :h, :w]
-        prob = logits.masked_fill(~allowed.to(logits.device)[:, None, None], -math.inf).softmax(0)
-        cls = self.net(_resize(x, [max(1, int(side * factor)) for side in x.shape[-2:]]), seg=False, affinity=False).cls[0]
-        return prob.numpy(force=True), dict(zip(self.classes[1:], cls.sigmoid().tolist()))
+        logits, cls = evaluation.predict(self.net, x, protocol=self.protocol, long_side=self.long_side, with_cls=True)
+        prob = logits[0, :, :h, :w].masked_fill(~allowed.to(logits.device)[:, None, None], -math.inf).softmax(0)
+        return prob.numpy(force=True), dict(zip(self.classes[1:], cls[0].sigmoid().tolist()))
 
     def settings(self) -> dict:
         "Everything a mask depends on besides the picture; the weights as a checksum."
@@ -166,9 +165,8 @@ class _Table:
         self.write()
 
     def write(self):
-        def save(file):
-            with open(file, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows([self.header, *([name, *self.rows[name]] for name in sorted(self.rows))])
-        _write(self.path, save)
+        with atomic_write(self.path) as file, open(file, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerows([self.header, *([name, *self.rows[name]] for name in sorted(self.rows))])
 
     def add(self, name, confidence):
         self.rows[name] = [f"{confidence[c]:.4f}" for c in self.header[1:]]
@@ -185,11 +183,10 @@ def _open_out(out: Path, settings: dict, overwrite: bool):
     "Makes the folder, or checks that what is in it was made with the same settings."
     path = out / "predict.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_text()) if path.exists() and not overwrite else settings
         different = [k for k in settings if before.get(k) != settings[k]]
         if different: raise ValueError(f"{out} holds masks that were made with other {', '.join(different)}: choose another folder, or overwrite them")
-        _write(path, lambda file: file.write_text(json.dumps(settings, indent=1)))
+        with atomic_write(path) as file: file.write_text(json.dumps(settings, indent=1))
     except OSError as e: raise OSError(f"{out}: cannot be written to ({e.strerror or e}); choose another folder for the masks") from e
 
 def _tags_of(names: dict, tags: dict | None) -> dict:  # name → its tags, or None
@@ -231,8 +228,8 @@ def predict_folder(predictor: Predictor,
             try:
                 table.add(name, confidence)
                 prob = torch.as_tensor(prob)
-                if overlays: _write(drawn(name), lambda file: Image.fromarray(overlay(np.asarray(picture), prob.argmax(0).byte())).save(file, quality=90))
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                if overlays:
+                    with atomic_write(drawn(name)) as file: Image.fromarray(overlay(np.asarray(picture), prob.argmax(0).byte())).save(file, quality=90)
                 save_mask(enlarge_labels(prob, size), out / f"{name}.png")
                 report.done.append(name)
             except OSError as e: report.failed[name] = f"{out / name}.png: could not be written ({e.strerror or e})"
@@ -292,7 +289,7 @@ class _Segmentation(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, image): return _resize(self.net(normalize(image), affinity=False).seg, image.shape[-2:])
+    def forward(self, image): return resize_bilinear(self.net(normalize(image), affinity=False).seg, image.shape[-2:])
 
 def export_onnx(net: AFANet,
                 path,  # of the one file that is written
@@ -306,5 +303,5 @@ def export_onnx(net: AFANet,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(_Segmentation(net).eval(), (example,), input_names=["image"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False)
-    _write(path, lambda file: program.save(file, external_data=False))
+    with atomic_write(path) as file: program.save(file, external_data=False)
     return path

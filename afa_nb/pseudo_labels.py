@@ -7,10 +7,10 @@ __all__ = ['present_classes', 'half', 'refined_labels', 'refined_label', 'token_
 
 # %% ../nbs/09_pseudo_labels.ipynb #02-09-pseudo-labels
 import torch
-import torch.nn.functional as F
 
 from .cam import background_softmax, box_mask
 from .random_walk import random_walk
+from .transforms import resize_bilinear
 
 # %% ../nbs/09_pseudo_labels.ipynb #05-09-pseudo-labels
 def present_classes(class_labels: torch.Tensor,  # (B,K) in {0,1}
@@ -22,25 +22,23 @@ def present_classes(class_labels: torch.Tensor,  # (B,K) in {0,1}
     return index[:, :max(1, num_present)], labels[:, :max(1, num_present)]
 
 # %% ../nbs/09_pseudo_labels.ipynb #08-09-pseudo-labels
-def _resize(x, size): return F.interpolate(x, size, mode="bilinear", align_corners=False)
-
 def _compete(cam, class_labels, scores, size, num_present):
     "Softmax maps (B, S·(M+1), h, w) of background and present classes, for each of S background scores; and the classes' index (B,M)."
     index, present = present_classes(class_labels, num_present)
     cam = cam.gather(1, index[:, :, None, None].expand(-1, -1, *cam.shape[2:]))
-    cam = _resize(cam.float(), size)
+    cam = resize_bilinear(cam.float(), size)
     return torch.cat([background_softmax(cam, present, s) for s in scores], 1), index
 
 # %% ../nbs/09_pseudo_labels.ipynb #11-09-pseudo-labels
 def half(image: torch.Tensor,  # (B,3,H,W)
         ) -> torch.Tensor:  # (B,3,⌊H/2⌋,⌊W/2⌋) float32
     "The picture at half resolution, where PAR works."
-    return _resize(image.float(), [side // 2 for side in image.shape[-2:]])
+    return resize_bilinear(image.float(), [side // 2 for side in image.shape[-2:]])
 
 # %% ../nbs/09_pseudo_labels.ipynb #12-09-pseudo-labels
 def _strongest(maps, index, size):
     "(B,M+1,h,w) → (B,H,W): the class, as the data set counts, of the strongest channel at full size."
-    channel = _resize(maps, size).argmax(1)
+    channel = resize_bilinear(maps, size).argmax(1)
     classes = torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
     return classes.gather(1, channel.flatten(1)).view(channel.shape)
 
@@ -111,7 +109,7 @@ def token_grid(num_tokens: int, height: int, width: int,  # tokens of the affini
 def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None):
     grid = token_grid(affinity.shape[-1], *image.shape[-2:])
     maps, index = _compete(cam, class_labels, scores, grid, num_present)
-    maps = _resize(random_walk(maps, affinity, radius, alpha), image.shape[-2:])
+    maps = resize_bilinear(random_walk(maps, affinity, radius, alpha), image.shape[-2:])
     return _decide(par, image, maps, index, scores, kernel)
 
 # %% ../nbs/09_pseudo_labels.ipynb #35-09-pseudo-labels

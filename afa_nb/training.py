@@ -25,6 +25,7 @@ from tqdm import tqdm
 from . import data
 from .affinity import affinity_labels, affinity_loss
 from .cam import cam_to_label, multi_scale_cam
+from .data import atomic_write
 from .encoder import variant_of
 from .evaluation import LADDER, evaluate, peak_memory, reliable_labels
 from .losses import DenseEnergyLoss, classification_loss, segmentation_loss
@@ -32,7 +33,7 @@ from .model import AFANet, find_weights, load_weights, pretrained
 from .par import PAR
 from .pseudo_labels import half, propagated_labels, refined_labels
 from .shapes import shapes_root
-from .transforms import TrainTransform, denormalize, sample_generator
+from .transforms import TrainTransform, denormalize, resize_bilinear, sample_generator
 
 # %% ../nbs/13_training.ipynb #05-13-training
 @dataclass
@@ -270,7 +271,7 @@ def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: 
     refined, target = labeller(getattr(net, "module", net), batch, cam, num_present, step >= c.aff_iters)
     losses = dict(cls=classification_loss(out.cls, labels))
     if refined is not None: losses["aff"] = affinity_loss(out.affinity, affinity_labels(refined, c.stride, c.radius))
-    seg = torch.nn.functional.interpolate(out.seg.float(), target.shape[-2:], mode="bilinear", align_corners=False)
+    seg = resize_bilinear(out.seg.float(), target.shape[-2:])
     losses["seg"] = segmentation_loss(seg, target)
     total = losses["cls"] + c.lambda_seg * losses["seg"]
     if "aff" in losses: total = total + c.lambda_aff * losses["aff"]
@@ -281,8 +282,8 @@ def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: 
 
 def _supervised_step(net, c, batch):
     "SegFormer: cross-entropy on the masks, from the first step on. The only place where training sees a mask."
-    logits, mask = net(batch["image"], affinity=False).seg.float(), batch["mask"].long()
-    logits = torch.nn.functional.interpolate(logits, mask.shape[-2:], mode="bilinear", align_corners=False)
+    mask = batch["mask"].long()
+    logits = resize_bilinear(net(batch["image"], affinity=False).seg.float(), mask.shape[-2:])
     seg = torch.nn.functional.cross_entropy(logits, mask, ignore_index=255, reduction="sum") / (mask != 255).sum().clamp(min=1)
     return c.lambda_seg * seg, dict(seg=seg.detach())
 
@@ -325,10 +326,8 @@ def save_checkpoint(run_dir: Path, step: int, net, optimizer, accelerator, keep:
 
 def save_weights(net, path: Path, **notes):
     "The network's tensors as safetensors with `notes` beside them, replacing an older file in one move."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, temporary, metadata={k: str(v) for k, v in notes.items()})
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, file, metadata={k: str(v) for k, v in notes.items()})
 
 # %% ../nbs/13_training.ipynb #34-13-training
 def newest_checkpoint(run_dir: Path, say=print) -> Path | None:
@@ -367,9 +366,7 @@ def open_run(config: Config, classes: list[str]) -> Path:
     else:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "classes.txt").write_text("\n".join(classes) + "\n")
-        temporary = path.with_name(".config.json")
-        temporary.write_text(json.dumps(now, indent=1))
-        os.replace(temporary, path)
+        with atomic_write(path) as file: file.write_text(json.dumps(now, indent=1))
     return run_dir
 
 def read_metrics(run_dir) -> list[dict]:
@@ -385,9 +382,7 @@ class Metrics:
     def __init__(self, run_dir, step, active=True):
         self.path, self.active, self.rows = Path(run_dir) / "metrics.jsonl", active, [r for r in read_metrics(run_dir) if r["step"] <= step]
         if active:
-            temporary = self.path.with_name(".metrics.jsonl")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
-            os.replace(temporary, self.path)
+            with atomic_write(self.path) as file: file.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
 
     def add(self, **row):
         self.rows.append(row)
@@ -449,34 +444,42 @@ def seed_everything(seed: int):
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
 
+# %% ../nbs/13_training.ipynb #x62822443
+def _accelerator(config):
+    "Device, precision and processes."
+    AcceleratorState._reset_state()  # else a second run in the same session could not choose another precision
+    return Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), gradient_accumulation_steps=config.accumulate,
+                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
+def _start(config, classes, accelerator, say, verbose):
+    "The run's folder, network and optimiser as its newest checkpoint left them, and the step to go on with."
+    with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
+        net = _arranged(build(config, classes, verbose), config)
+        run_dir = open_run(config, classes)
+    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    seed_everything(config.seed + accelerator.process_index)
+    folder, start = newest_checkpoint(run_dir, say), 0
+    if folder:
+        start = load_checkpoint(folder, net, optimizer, accelerator)
+        say(f"{run_dir}: " + (f"continuing at step {start}" if start < config.max_iters else "this run is finished"))
+    return run_dir, net, optimizer, start
+
 # %% ../nbs/13_training.ipynb #40-13-training
 def train(config: Config, live: bool = False,  # draw the curves in the notebook while training
           verbose: bool = True, ladder=LADDER,  # rungs of the evaluation at the end; () leaves it out
          ) -> Path:
     "Trains, evaluates and gives the run's folder with `config.json`, `metrics.jsonl`, `checkpoints/` and `best/`. The same call again continues an unfinished run."
     check(config)
-    AcceleratorState._reset_state()  # else a second run in the same session could not choose another precision
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), gradient_accumulation_steps=config.accumulate,
-                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = _accelerator(config)
     main, say = accelerator.is_main_process, accelerator.print if verbose else (lambda *a: None)
     if config.supervision == "mask": accelerator.print(SUPERVISION["mask"])
     trainset, valset = open_data(config)
     for problem in data.problems(trainset): say(problem)
-    batches_from = lambda step: _batches(trainset, config, step, accelerator)
-    with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
-        net = _arranged(build(config, trainset.classes, verbose and main), config)
-        run_dir = open_run(config, trainset.classes)
-    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay)
-    net, optimizer = accelerator.prepare(net, optimizer)
-    seed_everything(config.seed + accelerator.process_index)
-
-    folder, start = newest_checkpoint(run_dir, say), 0
-    if folder:
-        start = load_checkpoint(folder, net, optimizer, accelerator)
-        say(f"{run_dir}: " + (f"continuing at step {start}" if start < config.max_iters else "this run is finished"))
+    run_dir, net, optimizer, start = _start(config, trainset.classes, accelerator, say, verbose and main)
     metrics, window, labeller = Metrics(run_dir, start, main), _Window(), Labeller(config)
     curves = _live_curves(metrics, config.val_split) if live and main else lambda: None
-    batches = batches_from(start) if start < config.max_iters else None
+    batches = _batches(trainset, config, start, accelerator) if start < config.max_iters else None
     net.train()
     bar = tqdm(range(start, config.max_iters), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2)
     for step in bar:
@@ -491,24 +494,16 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
                 optimizer.step()
                 optimizer.zero_grad()
             window.add(losses, step)
-        done = step + 1
-        last = done == config.max_iters
+        done, last = step + 1, step + 1 == config.max_iters
         if done % config.log_every == 0 or last: bar.set_postfix(_log(metrics, window, done, optimizer, config, accelerator), refresh=False)
         if done % config.eval_every == 0 and not last and valset is not None:
             window.check(run_dir)
-            row = _evaluate(net, valset, config.val_split, metrics, done, config, ("cam", "cam_par", "propagated_par", "seg"), config.eval_limit, accelerator)
-            if main: _keep_best(accelerator.unwrap_model(net), row, metrics, run_dir)
+            _measure(net, valset, metrics, done, config, ("cam", "cam_par", "propagated_par", "seg"), config.eval_limit, accelerator)
             curves()
         if done % config.save_every == 0 or last:
             window.check(run_dir)
             save_checkpoint(run_dir, done, net, optimizer, accelerator)
-    if valset is None:
-        if main and not any(r["kind"] == "note" for r in metrics.rows):
-            save_weights(accelerator.unwrap_model(net), run_dir / "best" / "model.safetensors", step=config.max_iters)
-            metrics.add(kind="note", step=config.max_iters, final=True, text="No image has a mask, so nothing was measured. best/ holds the last weights.")
-    elif ladder and not any(r["kind"] == "eval" and r["final"] and r["split"] == config.val_split for r in metrics.rows):
-        row = _evaluate(net, valset, config.val_split, metrics, config.max_iters, config, ladder, None, accelerator, final=True)
-        if main: _keep_best(accelerator.unwrap_model(net), row, metrics, run_dir)
+    _finish(net, valset, metrics, config, ladder, accelerator)
     curves()
     accelerator.end_training()
     return run_dir
@@ -532,6 +527,7 @@ def evaluation_settings(config: Config) -> dict:
     "What `evaluation.evaluate` and `evaluation.ladder_labels` must know of a run, so that pictures show what the table measures."
     return dict(par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background, radius=config.radius, alpha=config.alpha, long_side=config.long_side)
 
+# %% ../nbs/13_training.ipynb #x77841157
 def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, accelerator=None, final=False):
     "Adds one row of the ladder to the metrics. A network that learned from masks has no CAM."
     if config.supervision == "mask": ladder = [rung for rung in ladder if rung.startswith("seg")]
@@ -542,11 +538,24 @@ def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, acceler
     metrics.add(**row)
     return row
 
-def _keep_best(net, row, metrics, run_dir):
-    "The weights with the best segmentation of val so far stay in `best/`."
+def _measure(net, valset, metrics, step, config, ladder, limit, accelerator, final=False):
+    "One more evaluation on val; the weights that segmented it best so far stay in `best/`."
+    row = _evaluate(net, valset, config.val_split, metrics, step, config, ladder, limit, accelerator, final)
     before = max((r["seg"] for r in metrics.rows[:-1] if r["kind"] == "eval" and r["split"] == row["split"]), default=-1)
-    if row["seg"] > before: save_weights(net, run_dir / "best" / "model.safetensors", step=row["step"], miou=row["seg"])
+    if accelerator.is_main_process and row["seg"] > before: _save_best(net, config, accelerator, step=step, miou=row["seg"])
 
+def _save_best(net, config, accelerator, **notes): save_weights(accelerator.unwrap_model(net), Path(config.run_dir) / "best" / "model.safetensors", **notes)
+
+def _finish(net, valset, metrics, config, ladder, accelerator):
+    "After the last step, once: the evaluation on all of val; without masks, a note that nothing was measured."
+    if valset is None:
+        if accelerator.is_main_process and not any(r["kind"] == "note" for r in metrics.rows):
+            _save_best(net, config, accelerator, step=config.max_iters)
+            metrics.add(kind="note", step=config.max_iters, final=True, text="No image has a mask, so nothing was measured. best/ holds the last weights.")
+    elif ladder and not any(r["kind"] == "eval" and r["final"] and r["split"] == config.val_split for r in metrics.rows):
+        _measure(net, valset, metrics, config.max_iters, config, ladder, None, accelerator, final=True)
+
+# %% ../nbs/13_training.ipynb #x22199675
 def _live_curves(metrics, split):
     "A function that draws the curves below the cell, and from the second call on in the same place."
     from IPython.display import display

@@ -231,6 +231,44 @@ def test_killed_conversion_is_picked_up(unpacked, monkeypatch):
     assert {name: (done / name).stat().st_mtime_ns for name in written} == written, "what was written before the kill is not written again"
 
 
+def killed_in(call, *args):
+    "Runs `call` in a process that dies in the middle of its first image."
+    def half(self, file, *args, **kwargs):
+        Path(file).write_bytes(b"\x89PNG half of a mask")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "save", half)
+        process = multiprocessing.get_context("fork").Process(target=call, args=args)
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@fork
+def test_what_a_kill_leaves_of_a_file_is_passed_over(unpacked, own):
+    "Half a mask lies beside the masks, under a name that no reader takes for one."
+    root, sbd = unpacked
+    unfinished = root / "VOCdevkit/VOC2012/.SegmentationClassAug.unfinished"
+    killed_in(prepare_sbd, root, sbd)
+    assert len(list(unfinished.iterdir())) == 1
+    done = prepare_sbd(root, sbd)
+    assert sorted(p.name for p in done.iterdir()) == [*(f"{n}.png" for n in sorted(TRAIN + REST)), "sha256.txt"]
+
+    mask = done / f"{TRAIN[0]}.png"
+    before = read_mask(mask)
+    killed_in(save_mask, 1 - before.clip(max=1), mask)
+    assert len(list(done.iterdir())) == 7 and np.array_equal(read_mask(mask), before), "the old mask is there until the new one is whole"
+    assert len(voc(root, "train_aug")) == 5 and prepare_sbd(root, sbd) == done
+
+    (own / "tags.csv").write_text(GOOD)
+    dataset, there = tagged_images(own), set(own.iterdir())
+    killed_in(save_mask, np.zeros(SIZE[::-1]), own / "new.png")
+    left, = set(own.iterdir()) - there
+    again = tagged_images(own)
+    assert left.suffix == ".png" and again.records == dataset.records and again.notes == dataset.notes
+
+
 @fork
 def test_two_processes_at_once_prepare_once(unpacked, tmp_path, monkeypatch):
     root, sbd = unpacked
@@ -250,7 +288,7 @@ def test_disk_full_while_masks_are_written(unpacked, monkeypatch):
     def full(self, f, *args, **kwargs):
         count.append(f)
         if len(count) < 3: return save(self, f, *args, **kwargs)
-        f.write(b"\x89PNG half of a mask")
+        Path(f).write_bytes(b"\x89PNG half of a mask")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -405,7 +443,7 @@ def test_disk_full_while_masks_are_kept(coco_root, monkeypatch):
     expected = dataset.read_mask(0)
 
     def full(self, f, *args, **kwargs):
-        f.write(b"half")
+        Path(f).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

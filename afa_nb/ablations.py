@@ -11,7 +11,7 @@ __all__ = ['FIELDS', 'Job', 'COLOURS', 'SYSTEMS', 'Published', 'TABLES_5_6', 'LA
            'result_figure', 'own_picture', 'pictures_for_print', 'save_print']
 
 # %% ../nbs/18_ablations.ipynb #02-18-ablations
-import contextlib, csv, hashlib, json, time
+import csv, hashlib, json, time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
@@ -22,19 +22,21 @@ from textwrap import wrap
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from torch.utils.data import default_collate
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .cam import cam_to_label, multi_scale_cam, normalize_cam
 from .data import atomic_write, read_image
-from .evaluation import ConfusionMatrix, crf_labels, evaluate, ladder_labels, raw_affinity
+from .evaluation import ConfusionMatrix, attention_affinity, crf_labels, evaluate, ladder_labels, predicted_tags
 from .figures import _Figure, ladder_grid, panels, show_heatmap, show_image
 from .par import PAMR, PAR
 from .pseudo_labels import propagated_labels, refined_label, token_grid
 from .random_walk import random_walk
-from .training import Config, Labeller, TrainSet, build, configure, device_name, load_run, newest_checkpoint, open_data, train, training_step
+from .training import Config, Labeller, TrainSet, build, configure, device_name, evaluation_settings, load_run, newest_checkpoint, open_data, train, training_step
 from .transforms import TrainTransform, normalize
 
 # %% ../nbs/18_ablations.ipynb #05-18-ablations
@@ -104,11 +106,11 @@ def label_settings(config: Config,
                    refine: str = "PAR",  # or "PAMR"
                    **changes,  # its arguments (dilations, num_iter, w1 …), or scales, background, low, high, radius, alpha
                   ) -> dict:  # par, scales, background, low, high, radius, alpha, long_side
-    "How a network's labels are made. Raises `ValueError` for a setting that is none."
+    "How a network's labels are made: `training.evaluation_settings` and the two scores. Raises `ValueError` for a setting that is none."
     if refine not in ("PAR", "PAMR"): raise ValueError(f"refine must be PAR or PAMR, not {refine!r}")
     kind = dict(PAR=PAR, PAMR=PAMR)[refine]
     own = dict(dilations=config.dilations, num_iter=config.par_iters) | {k: changes.pop(k) for k in list(changes) if k in signature(kind).parameters}
-    settings = dict(par=kind(**own), scales=config.cam_scales, **{k: getattr(config, k) for k in ("background", "low", "high", "radius", "alpha", "long_side")})
+    settings = evaluation_settings(config) | dict(par=kind(**own), low=config.low, high=config.high)
     if unknown := set(changes) - set(settings): raise ValueError(f"{sorted(unknown)[0]!r} is no setting of labels")
     return settings | changes
 
@@ -258,22 +260,11 @@ def _measuring_seconds(a, todo):
     return total
 
 # %% ../nbs/18_ablations.ipynb #30-18-ablations
-@contextlib.contextmanager
-def _alone(folder):
-    "Keeps other processes out of a folder; a process that dies lets go of it."
-    folder.mkdir(parents=True, exist_ok=True)
-    try: import fcntl
-    except ImportError:  # Windows: take care not to run two at a time
-        yield
-        return
-    with open(folder / ".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
 def trained(config: Config) -> Path:
-    "The folder of the network that learned with these settings; trains it, or what is left of it."
+    "The folder of the network that learned with these settings; trains it, or what is left of it. Other processes wait; one that dies lets go."
     run = Path(config.run_dir)
-    with _alone(run):
+    run.mkdir(parents=True, exist_ok=True)
+    with FileLock(run / ".lock"):
         if _steps_left(config): train(config, verbose=False, ladder=())
     return run
 
@@ -518,9 +509,7 @@ def look(net, config: Config, sample: dict) -> dict:
     x = normalize(image)
     cam, affinity = multi_scale_cam(net, x, config.cam_scales)
     grid = token_grid(affinity.shape[-1], *x.shape[-2:])
-    large = F.interpolate(x, [int(max(config.cam_scales) * side) for side in x.shape[-2:]], mode="bilinear", align_corners=False)
-    scale = [m.scale for m in net.modules() if isinstance(getattr(m, "scale", None), float)][-1]
-    attention = raw_affinity(net(large, seg=False).attention, scale)
+    attention = attention_affinity(net, x, max(config.cam_scales))
     labels = _labels(net, label_settings(config), image, tags, ("cam", "cam_par", "propagated_par", "seg_ms", "seg_crf"))
     maps = F.interpolate(cam * tags[:, :, None, None], grid, mode="bilinear", align_corners=False)
     walked = {name: normalize_cam(random_walk(maps, A, config.radius, config.alpha))[0].cpu() for name, A in dict(attention=attention, affinity=affinity).items()}
@@ -612,10 +601,9 @@ def result_figure(pictures, classes):
 
 # %% ../nbs/18_ablations.ipynb #68-18-ablations
 def own_picture(net, file) -> dict:
-    "A sample whose tags are what the classifier says: all above one half, at least the likeliest."
-    image = torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)
-    with torch.inference_mode(): logits = net.eval()(normalize(image)[None].to(next(net.parameters()).device), seg=False, affinity=False).cls[0].cpu()
-    return dict(image=image, class_labels=((logits > 0) | (logits == logits.max())).float(), name=Path(file).stem)
+    "A picture file as a sample with the tags that the classifier says."
+    image = pil_to_tensor(read_image(file))
+    return dict(image=image, class_labels=predicted_tags(net, image), name=Path(file).stem)
 
 def pictures_for_print(a: Ablation,
                        which=3,  # how many of val; or, in a string, their numbers or the files of other pictures

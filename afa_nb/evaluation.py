@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'LADDER', 'VOC_SUBMISSION', 'ConfusionMatrix', 'tag_scores', 'predict', 'dense_crf', 'dense_crf_pool',
-           'crf_labels', 'reliable_labels', 'raw_affinity', 'ladder_labels', 'peak_memory', 'evaluate',
-           'trivial_baselines', 'save_soft_label', 'load_soft_label', 'export_masks']
+           'crf_labels', 'reliable_labels', 'raw_affinity', 'attention_affinity', 'ladder_labels', 'predicted_tags',
+           'peak_memory', 'evaluate', 'trivial_baselines', 'save_soft_label', 'load_soft_label', 'export_masks']
 
 # %% ../nbs/12_evaluation.ipynb #02-12-evaluation
 import contextlib, functools, math, multiprocessing, os, sys, time, types
@@ -277,12 +277,17 @@ def raw_affinity(
     return (A + A.transpose(1, 2)) / 2
 
 # %% ../nbs/12_evaluation.ipynb #35-12-evaluation
-def _attention_affinity(net, x, scale):
-    "`raw_affinity` of the normalised images `x` at `scale`."
+def attention_affinity(
+    net, # an `AFANet`
+    x, # float (B,3,H,W), normalised
+    scale=1, # at which the network sees them
+) -> torch.Tensor: # (B,N,N) in (0,1), symmetric
+    "`raw_affinity` of images. Raises `ValueError` for an encoder that does not say by what its attention is scaled."
     scales = [m.scale for m in net.modules() if isinstance(getattr(m, "scale", None), float)]
     if not scales: raise ValueError("raw_attention needs an encoder whose attention modules have the factor 1/√d as `scale`, as timm's do")
     return raw_affinity(net(resize_bilinear(x, [int(scale * side) for side in x.shape[-2:]]), seg=False).attention, scales[-1])
 
+# %% ../nbs/12_evaluation.ipynb #35b-12-evaluation
 def _check_rungs(rungs):
     unknown = [r for r in rungs if r not in LADDER + _EXTRA]
     if unknown or not rungs: raise ValueError(f"unknown rung {unknown[0]!r}; the rungs are {', '.join(LADDER + _EXTRA)}" if unknown else "give at least one rung")
@@ -301,7 +306,7 @@ def _climb(net, image, class_labels, mask, rungs, par, scales, background, radiu
     cam, affinity = multi_scale_cam(net, x, scales, first) if _OF_CAM & set(rungs) else (None, None)
     kernel = functools.cache(lambda: par.kernel(half(x)))
     once = lambda small, masks, _: par(small, masks, kernel())
-    attention = functools.cache(lambda: _attention_affinity(net, x, max(scales)))
+    attention = functools.cache(lambda: attention_affinity(net, x, max(scales)))
     logits = functools.cache(lambda name: predict(net, x, protocol=name, long_side=long_side))
     walk = lambda par, affinity: propagated_label(par, x, cam, affinity, class_labels, background, radius, alpha)
     oracle = functools.cache(lambda: _true_affinity(mask, token_grid(affinity.shape[-1], *x.shape[-2:])))
@@ -345,6 +350,15 @@ def ladder_labels(
         items = [(None, *pair) for pair in zip(image, labels["seg_crf"])]
         labels["seg_crf"] = torch.stack([torch.from_numpy(label) for _, label in dense_crf_pool(items, 0, hard=True)])
     return labels
+
+# %% ../nbs/12_evaluation.ipynb #43c-12-evaluation
+def predicted_tags(
+    net, # an `AFANet`
+    image, # uint8 (3,H,W), RGB
+) -> torch.Tensor: # float (K,) in {0,1}, on the CPU
+    "The tags that the classifier gives a picture: all with a probability above 1/2, at least the most probable."
+    with _eval_mode(net): logits = net(normalize(image.to(next(net.parameters()).device))[None], seg=False, affinity=False).cls[0]
+    return ((logits > 0) | (logits == logits.max())).float().cpu()
 
 # %% ../nbs/12_evaluation.ipynb #44-12-evaluation
 def _size_batches(dataset, indices, batch_size, num_workers):

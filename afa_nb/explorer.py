@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tenso
 
 from .affinity import window_mask
 from .cam import background_softmax, multi_scale_cam
-from .data import cache_dir, find_voc_root, read_image, voc, voc_folder
-from .evaluation import ConfusionMatrix, dense_crf
+from .data import cache_dir, coco_splits, find_voc_root, layout, load, read_image, voc_folder
+from .evaluation import ConfusionMatrix, dense_crf, predicted_tags
 from .figures import legend, overlay, panels, show_heatmap, show_image
 from .par import PAMR, PAR
 from .pseudo_labels import half, present_classes, token_grid
@@ -69,8 +69,12 @@ def _kept(size):
     return decorate
 
 # %% ../nbs/14_explorer.ipynb #11-14-explorer
-class _Seen:
-    "A picture and what the network sees in it."
+def _at_most(x, side, interpolation=InterpolationMode.BILINEAR):
+    "(…,H,W) with sides of at most `side` pixels."
+    return x if max(x.shape[-2:]) <= side else resize(x, None, interpolation, max_size=side, antialias=True)
+
+class _Opened:
+    "A picture, and a network to look at it."
     def __init__(self, net,  # an `AFANet`
                  sample: dict,  # `image` uint8 (3,H,W), `class_labels` (K,) in {0,1}, `name`, and where there is one `mask` (H,W): an item of a data set
                  classes,  # their names, background first
@@ -82,13 +86,32 @@ class _Seen:
             raise ValueError(f"the network has {net.num_classes} classes, there are {len(classes)} names and the picture has {len(sample['class_labels'])} tags (without background)")
         self.net, self.classes, self.scales, self.dilations, self.settings, self.source = net, list(classes), tuple(scales), tuple(dilations), settings, source
         self.name, self.own_tags = sample["name"], tuple(c for c, there in zip(classes[1:], sample["class_labels"].tolist()) if there)
-        self.image, self.mask = sample["image"], sample.get("mask")
-        if max(self.image.shape[1:]) > (side := 32 * net.stride):
-            self.image = resize(self.image, None, max_size=side, antialias=True)
-            if self.mask is not None: self.mask = resize(self.mask[None], None, InterpolationMode.NEAREST_EXACT, max_size=side)[0]
+        self.image, self.mask = _at_most(sample["image"], 32 * net.stride), sample.get("mask")
+        if self.mask is not None: self.mask = _at_most(self.mask[None], 32 * net.stride, InterpolationMode.NEAREST_EXACT)[0]
         self.size, self.device = tuple(self.image.shape[1:]), next(net.parameters()).device
         self.known = {}  # what `strongest` found
-        self.blocks, self.heads = min(2, len(net.encoder.stages[-1].blocks)), net.encoder.stages[-1].blocks[-1].attn.num_heads
+
+    @_kept(2)
+    def picture(self, side):
+        "The picture with sides of at most `side` pixels, to be drawn."
+        return _at_most(self.image, side)
+
+    @_kept(4)
+    def present(self, tags):
+        "Of the tags, or of the picture's own for None: class index (1,M) from 0, and 1 or (without any tag) 0 for each. Raises `ValueError` for a name that is no class."
+        unknown = set(tags or ()) - set(self.classes[1:])
+        if unknown: raise ValueError(f"tag {sorted(unknown)[0]!r} is not one of the classes {', '.join(self.classes[1:])}")
+        chosen = self.own_tags if tags is None else tags
+        return present_classes(torch.tensor([[float(c in chosen) for c in self.classes[1:]]], device=self.device))
+
+# %% ../nbs/14_explorer.ipynb #11b-14-explorer
+class _Asked(_Opened):
+    "What the network sees in the picture."
+    @property
+    def blocks(self): return min(2, len(self.net.encoder.stages[-1].blocks))
+
+    @property
+    def heads(self): return self.net.encoder.stages[-1].blocks[-1].attn.num_heads
 
     @_kept(1)
     @torch.no_grad()
@@ -98,22 +121,6 @@ class _Seen:
         out, cam = self.net(x, seg=False, with_cam=True)
         cams, affinity = multi_scale_cam(self.net, x, self.scales, first=cam)
         return (out.attention[0].float() * self.net.encoder.stages[-1].blocks[-1].attn.scale).softmax(-1), out.affinity[0].float(), cams, affinity
-
-    @_kept(2)
-    def picture(self, side):
-        "The picture with sides of at most `side` pixels, to be drawn."
-        return self.image if max(self.size) <= side else resize(self.image, None, max_size=side, antialias=True)
-
-    @_kept(1)
-    def small(self): return half(normalize(self.image.to(self.device))[None])
-
-    @_kept(4)
-    def present(self, tags):
-        "Of the tags, or of the picture's own for None: class index (1,M) from 0, and 1 or (without any tag) 0 for each. Raises `ValueError` for a name that is no class."
-        unknown = set(tags or ()) - set(self.classes[1:])
-        if unknown: raise ValueError(f"tag {sorted(unknown)[0]!r} is not one of the classes {', '.join(self.classes[1:])}")
-        chosen = self.own_tags if tags is None else tags
-        return present_classes(torch.tensor([[float(c in chosen) for c in self.classes[1:]]], device=self.device))
 
     def point(self, s: Settings) -> tuple[int, int]:
         "(y, x) in pixels. Raises `ValueError` for a point outside the picture."
@@ -134,10 +141,8 @@ class _Seen:
 # %% ../nbs/14_explorer.ipynb #13-14-explorer
 CRF_SIDE = 112  # pixels
 
-class Bench(_Seen):
-    """A picture, a network, and every stage between them, computed once; arguments as above. Raises `ValueError` where picture, classes and network do not fit.
-
-    A picture of more than 32 tokens a side is made smaller first: the largest scale of the CAM has up to 48 × 48 tokens then, and everything stays quick."""
+class _Stages(_Asked):
+    "From the CAM to refined maps."
     @_kept(2)
     def transition(self, alpha, radius):
         "Eq. 6 for the affinity of the largest scale: T (1,N',N'), transposed; and its token grid."
@@ -152,6 +157,9 @@ class Bench(_Seen):
         T, grid = self.transition(*walk) if walk else (None, [side // 2 for side in self.size])
         maps = background_softmax(resize_bilinear(self.encoded()[2][:, index[0]], grid), present, score)
         return resize_bilinear((maps.flatten(2) @ T).view_as(maps), self.size) if walk else maps
+
+    @_kept(1)
+    def small(self): return half(normalize(self.image.to(self.device))[None])
 
     @_kept(4)
     def refiner(self, refinement, w1, w2, w3):
@@ -172,6 +180,11 @@ class Bench(_Seen):
         shrunk = max(image.shape) / max(self.size)
         return torch.from_numpy(dense_crf(image, resize_bilinear(maps, image.shape[1:])[0], num_iter, pos_std=3 * shrunk, bi_xy=64 * shrunk))[None].to(self.device)
 
+# %% ../nbs/14_explorer.ipynb #13c-14-explorer
+class Bench(_Stages):
+    """A picture, a network, and every stage between them, computed once; arguments as above. Raises `ValueError` where picture, classes and network do not fit.
+
+    A picture of more than 32 tokens a side is made smaller first: the largest scale of the CAM has up to 48 × 48 tokens then, and everything stays quick."""
     def strongest(self, s: Settings) -> list:  # for β_h and for β_l: refined shares (1,M+1,·,·), the class (H,W) of the largest
         "Both scores' maps and labels: those not among the last eight are computed."
         shared = s.tags, (s.alpha, s.radius) if s.walk else None, s.refinement, s.num_iter, dict(PAR=(s.w1, s.w2, s.w3), PAMR=(s.w1, 0, 0)).get(s.refinement)
@@ -214,14 +227,26 @@ class Bench(_Seen):
 @lru_cache(2)
 def _network(run, checkpoint): return load_run(run)
 
-@lru_cache(4)
-def _dataset(root, split): return voc(shapes_root() if root is None else root, split)
+def _data_of(config, data_root) -> tuple:  # folder, table of tags, folder of masks
+    "Where the pictures are: the run's own data, or for `data_root` that folder."
+    return (str(data_root), None, None) if data_root else (config.data_root or str(shapes_root()), config.tags, config.masks)
 
-@torch.no_grad()
-def _tagged(net, image):
-    "The classifier's tags (K,) in {0,1} for a picture (3,H,W), at least one."
-    logits = net(normalize(image.to(next(net.parameters()).device))[None], seg=False, affinity=False).cls[0].cpu()
-    return ((logits > 0) | (logits == logits.max())).float()
+def _splits(root, tags, masks) -> list[str]:
+    "The lists of a data set's pictures. Tagged images have none: these are `all`, and `masked` where there are masks."
+    kind = layout(root, tags)
+    if kind == "tagged": return ["all", "masked"] if masks else ["all"]
+    return coco_splits(root) if kind == "coco" else sorted(p.stem for p in (voc_folder(root) / "ImageSets/Segmentation").glob("*.txt"))
+
+def _usual_split(config, where):
+    "That of the run's evaluation where the data has it, else one called val, else the last."
+    there = _splits(*where)
+    return next(s for s in (config.val_split, "val", *(s for s in there if s.startswith("val")), *there[-1:]) if s in there)
+
+@lru_cache(4)
+def _pictures(root, tags, masks, split):
+    "The pictures of a split, with their masks where there are some, and their numbers by name."
+    dataset = load(root, split, True if split == "masked" else None, tags, masks)
+    return dataset, {record.name: number for number, record in enumerate(dataset.records)}
 
 # %% ../nbs/14_explorer.ipynb #16-14-explorer
 def find_runs() -> list[Path]:
@@ -229,24 +254,38 @@ def find_runs() -> list[Path]:
     found = {p.parent for folder in ("runs", "../runs") for p in Path(folder).glob("*/config.json") if (p.parent / "checkpoints").is_dir()}
     return sorted(found, key=lambda p: (p / "config.json").stat().st_mtime, reverse=True)
 
+# %% ../nbs/14_explorer.ipynb #16b-14-explorer
+def _photograph(net, file) -> dict:
+    "A picture file as a sample. Raises `ValueError` for one of less than 64 pixels a side."
+    image = pil_to_tensor(read_image(file))
+    if min(image.shape[1:]) < 64: raise ValueError(f"{file} is {image.shape[2]}×{image.shape[1]} pixels: take a picture of at least 64 a side")
+    return dict(image=image, name=Path(file).stem, class_labels=predicted_tags(net, image))
+
+def _listed(image, dataset, numbers, split) -> dict:
+    "A picture of a data set by its number or name."
+    if isinstance(image, str) and image not in numbers: raise FileNotFoundError(f"{image}: neither a picture file nor a name in {split}")
+    number = numbers[image] if isinstance(image, str) else image
+    if not 0 <= number < len(dataset): raise IndexError(f"there is no picture {number} in {split}: it has {len(dataset)}, counted from 0")
+    return dataset[number]
+
+# %% ../nbs/14_explorer.ipynb #16c-14-explorer
 def open_bench(run,  # a run's folder
                image=0,  # number of the picture in the split, its name, or a picture file
-               data_root=None,  # a folder in the VOC layout; None: the run's own data
-               split: str = "val") -> Bench:
-    "A bench with a run's network and settings. Raises `FileNotFoundError` for a run, data set or file that is not there, `ValueError` where the classes differ."
+               data_root=None,  # a folder that `data.layout` knows: VOC, COCO or tagged images; None: the run's own data
+               split: str | None = None,  # a list of the data, of tagged images "all" or "masked"; None: val, or what is called so
+              ) -> Bench:
+    "A bench with a run's network and settings. Raises `FileNotFoundError` for a run, data set or file that is not there, `IndexError` for a number that is too high, `ValueError` where the classes differ."
     net, config, classes = _network(str(run), newest_checkpoint(Path(run)))
-    if isinstance(image, (str, Path)) and Path(image).is_file():
-        pixels, shown = pil_to_tensor(read_image(image)), str(image)
-        if min(pixels.shape[1:]) < 64: raise ValueError(f"{image} is {pixels.shape[2]}×{pixels.shape[1]} pixels: take a picture of at least 64 a side")
-        sample = dict(image=pixels, name=Path(image).stem, class_labels=_tagged(net, pixels))
+    where = f", data_root={str(data_root)!r}" * (data_root is not None)
+    if isinstance(image, (str, Path)) and Path(image).is_file(): sample, shown = _photograph(net, image), str(image)
     else:
-        dataset = _dataset(data_root or config.data_root, split)
+        data = _data_of(config, data_root)
+        if split: where += f", split={split!r}" * (split != _usual_split(config, data))
+        else: split = _usual_split(config, data)
+        dataset, numbers = _pictures(*data, split)
         if dataset.classes != classes: raise ValueError(f"the data's classes ({', '.join(dataset.classes[1:4])}, …) are not the run's ({', '.join(classes[1:4])}, …)")
-        names = [r.name for r in dataset.records]
-        if isinstance(image, str) and image not in names: raise FileNotFoundError(f"{image}: neither a picture file nor a name in {split}.txt")
-        sample = dataset[names.index(image) if isinstance(image, str) else image]
+        sample = _listed(image, dataset, numbers, split)
         shown = sample["name"]
-    where = f", data_root={str(data_root)!r}" * (data_root is not None) + f", split={split!r}" * (split != "val")
     settings = Settings(low=config.low, high=config.high, alpha=config.alpha, radius=config.radius, num_iter=config.par_iters)
     return Bench(net, sample, classes, config.cam_scales, config.dilations, settings, f"open_bench({str(run)!r}, {shown!r}{where})")
 
@@ -333,6 +372,7 @@ def _careful(method):
         except (ValueError, OSError, ImportError, IndexError) as e: self.say(f"{type(e).__name__}: {e}", "#b00")
     return call
 
+# %% ../nbs/14_explorer.ipynb #34b-14-explorer
 class _View:
     "What the explorer shows: controls, two rows, a line of code, a line of words."
     def __init__(self, W):  # the module ipywidgets
@@ -343,31 +383,6 @@ class _View:
         self.box = W.VBox([together("run", "data_root", "split"), together("image", "upload", "tags:", "tags"), together("block", "head"), self.rows["point"],
                            together("scores", "alpha", "radius"), together("num_iter", "w1", "w2"), together("w3", "walk", "refinement"), self.rows["label"],
                            together("save", "format"), self.line, self.message])
-
-    def open(self, run, image=0, data_root=None, split: str = "val"):
-        "Shows another picture, data set or run; arguments as in `open_bench`."
-        bench, c = open_bench(run, image, data_root, split), self.controls
-        root = data_root or _network(str(run), newest_checkpoint(Path(run)))[1].data_root
-        names = [r.name for r in _dataset(root, split).records]
-        self.run, self.quiet = run, True
-        c["run"].options, c["run"].value = sorted({str(run), *map(str, find_runs())}), str(run)
-        c["data_root"].options, c["data_root"].value = [str(r) for r in [find_voc_root()] if r], str(data_root or "")
-        c["split"].options = sorted(p.stem for p in (voc_folder(root or shapes_root()) / "ImageSets/Segmentation").glob("*.txt"))
-        c["split"].value, c["image"].max = split, len(names) - 1
-        if bench.name in names: c["image"].value = names.index(bench.name)
-        self.show(bench)
-
-    def show(self, bench: Bench):
-        "Shows a bench with its own settings."
-        self.bench, self.settings, c, self.quiet = bench, bench.settings, self.controls, True
-        c["tags"].value = []
-        c["tags"].allowed_tags, c["block"].options, c["head"].options = bench.classes[1:], list(range(-bench.blocks, 0)), list(range(1, bench.heads + 1))
-        for f in fields(Settings):
-            if f.name in c: c[f.name].value = list(bench.own_tags) if f.name == "tags" else getattr(bench.settings, f.name)
-        c["scores"].value = bench.settings.low, bench.settings.high
-        self.quiet = False
-        self.figures = {name: panels(1, 4, WIDTH, bench.size[0] / bench.size[1], above=2, below=2) for name in self.rows}
-        self.draw(bench.settings, "point", "label")
 
     def draw(self, settings: Settings, *rows):
         "Draws the named rows; the settings count as shown when all went well."
@@ -384,12 +399,60 @@ class _View:
 
     def say(self, text, colour="inherit"): self.message.value = f'<span style="color:{colour}">{escape(text)}</span>'
 
+    def _repr_mimebundle_(self, **kwargs):
+        return self.box._repr_mimebundle_(**kwargs) | {"text/plain": f"explorer: {self.bench.name}", "image/png": b64encode(self.bench.figure(**vars(self.settings))._repr_png_()).decode()}
+
+# %% ../nbs/14_explorer.ipynb #34c-14-explorer
+class _Chooser(_View):
+    "Which picture is shown, of which data, by which run."
+    def open(self, run, image=0, data_root=None, split=None):
+        "Shows another picture, data set or run; arguments as in `open_bench`."
+        bench, config, c = open_bench(run, image, data_root, split), _network(str(run), newest_checkpoint(Path(run)))[1], self.controls
+        data = _data_of(config, data_root)
+        split = split or _usual_split(config, data)
+        numbers = _pictures(*data, split)[1]
+        self.run, self.quiet = run, True
+        c["run"].options, c["run"].value = sorted({str(run), *map(str, find_runs())}), str(run)
+        c["data_root"].options, c["data_root"].value = [str(r) for r in [find_voc_root()] if r], str(data_root or "")
+        c["split"].options = _splits(*data)
+        c["split"].value, c["image"].max, c["image"].value = split, len(numbers) - 1, numbers.get(bench.name, c["image"].value)
+        self.show(bench)
+
+    def show(self, bench: Bench):
+        "Shows a bench with its own settings."
+        self.bench, self.settings, c, self.quiet = bench, bench.settings, self.controls, True
+        c["tags"].value = []
+        c["tags"].allowed_tags, c["block"].options, c["head"].options = bench.classes[1:], list(range(-bench.blocks, 0)), list(range(1, bench.heads + 1))
+        for f in fields(Settings):
+            if f.name in c: c[f.name].value = list(bench.own_tags) if f.name == "tags" else getattr(bench.settings, f.name)
+        c["scores"].value = bench.settings.low, bench.settings.high
+        self.quiet = False
+        self.figures = {name: panels(1, 4, WIDTH, bench.size[0] / bench.size[1], above=2, below=2) for name in self.rows}
+        self.draw(bench.settings, "point", "label")
+
+    @_careful
+    def choose(self, change):
+        "Another run, data set, split or picture. Another data set or split starts with its first picture."
+        if self.quiet: return
+        c, changed = self.controls, change["owner"]
+        self.say("the encoder looks at the picture …")
+        self.open(c["run"].value, 0 if changed in (c["data_root"], c["split"]) else c["image"].value, c["data_root"].value or None, None if changed in (c["run"], c["data_root"]) else c["split"].value)
+
+    @_careful
+    def upload(self, change):
+        "A picture from the reader's own machine; kept in the cache folder, where the line of code finds it again."
+        for file in self.controls["upload"].value:
+            path = cache_dir() / "uploads" / Path(file["name"]).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file["content"])
+            self.show(open_bench(self.run, path))
+
 # %% ../nbs/14_explorer.ipynb #35-14-explorer
-class Explorer(_View):
+class Explorer(_Chooser):
     """The explorer as widgets: as the last line of a cell it shows itself, and where no kernel runs the same two rows as a picture. Raises `ImportError` without ipywidgets and ipyevents, else as `open_bench`.
 
     `controls` are the widgets by name, `bench` and `settings` what is shown, `rows` the two pictures."""
-    def __init__(self, run, image=0, data_root=None, split: str = "val"):  # as in `open_bench`
+    def __init__(self, run, image=0, data_root=None, split: str | None = None):  # as in `open_bench`
         W, ipyevents = _widgets()
         super().__init__(W)
         self.open(run, image, data_root, split)
@@ -416,29 +479,9 @@ class Explorer(_View):
             self.draw(replace(self.settings, point=tuple(int(share * side) for share, side in zip(at, self.bench.size))), "point")
 
     @_careful
-    def choose(self, change):
-        "Another run, data set, split or picture."
-        if self.quiet: return
-        c = self.controls
-        self.say("the encoder looks at the picture …")
-        self.open(c["run"].value, c["image"].value, c["data_root"].value or None, c["split"].value)
-
-    @_careful
-    def upload(self, change):
-        "A picture from the reader's own machine; kept in the cache folder, where the line of code finds it again."
-        for file in self.controls["upload"].value:
-            path = cache_dir() / "uploads" / Path(file["name"]).name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file["content"])
-            self.show(open_bench(self.run, path))
-
-    @_careful
     def save(self, button):
         "The view as a file beside the notebook, under a name that is free."
         stem, number = f"explorer-{Path(self.bench.name).name}", 1
         while (path := Path(f"{stem}{f'-{number}' * (number > 1)}.{self.controls['format'].value}")).exists(): number += 1
         self.bench.figure(**vars(self.settings)).savefig(path)
         self.say(f"saved as {path}; the line above draws it again")
-
-    def _repr_mimebundle_(self, **kwargs):
-        return self.box._repr_mimebundle_(**kwargs) | {"text/plain": f"explorer: {self.bench.name}", "image/png": b64encode(self.bench.figure(**vars(self.settings))._repr_png_()).decode()}

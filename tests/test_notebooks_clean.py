@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -45,6 +46,14 @@ def test_kept_outputs(file):
             assert output["output_type"] != "error", source
             assert output.get("name") != "stderr", source
             assert not MACHINE_PATH.search(text_of(output)), text_of(output)
+
+
+def test_front_matter_is_for_markdown_only():
+    "What nbdev and Quarto read at the head of a notebook does not show where nbconvert renders the notebook as a page."
+    raw = {file.stem: c["metadata"].get("raw_mimetype") for file in NOTEBOOKS for c in json.loads(file.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "raw"}
+    assert raw and set(raw.values()) == {"text/markdown"}, raw
+    page = HTMLExporter(template_name="basic").from_filename(ROOT / "nbs/tour.ipynb")[0]
+    assert "Ten minutes" in page and "skip_exec" not in page
 
 
 @pytest.mark.parametrize("module", sorted(f for f in (ROOT / "afa_nb").glob("*.py") if not f.name.startswith("_")), ids=lambda f: f.stem)

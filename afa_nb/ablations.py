@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'Job', 'COLOURS', 'SYSTEMS', 'Published', 'TABLES_5_6', 'LATER', 'TEXT_WIDTH', 'Row', 'Ablation',
-           'ablation_config', 'classifier_only', 'network_of', 'label_settings', 'supervising_label', 'label_seconds',
-           'measure', 'read_results', 'cells', 'jobs', 'step_seconds', 'cost', 'trained', 'run', 'shown', 'summary',
-           'table', 'orders', 'plot', 'side_by_side', 'sweep', 'plot_sweeps', 'comparison', 'share_of_full', 'deepest',
-           'show_region', 'class_colours', 'look', 'query', 'query_figure', 'cam_figure', 'label_figure', 'par_figure',
-           'result_figure', 'own_picture', 'pictures_for_print', 'save_print']
+           'ablation_config', 'classifier_only', 'network_of', 'first_phase', 'label_settings', 'supervising_label',
+           'label_seconds', 'measure', 'read_results', 'cells', 'jobs', 'step_seconds', 'cost', 'trained', 'run',
+           'shown', 'summary', 'table', 'orders', 'plot', 'side_by_side', 'sweep', 'plot_sweeps', 'comparison',
+           'share_of_full', 'deepest', 'show_region', 'class_colours', 'look', 'query', 'query_figure', 'cam_figure',
+           'label_figure', 'par_figure', 'result_figure', 'own_picture', 'pictures_for_print', 'save_print']
 
 # %% ../nbs/18_ablations.ipynb #02-18-ablations
-import csv, hashlib, json, time
+import csv, hashlib, json, shutil, time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from inspect import signature
@@ -94,12 +94,24 @@ _BOOKKEEPING = {"run_dir", "num_workers", "log_every", "save_every", "eval_every
 
 def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:10]
 
+def _named(config, kind): # its folder, beside the one it has
+    learned = {k: v for k, v in asdict(config).items() if k not in _BOOKKEEPING and v != getattr(Config(), k)}
+    return replace(config, run_dir=str(Path(config.run_dir).parent / f"{kind}-seed{config.seed}-{_digest(learned)}"))
+
 def network_of(a: Ablation, row: Row, seed: int) -> Config | None:
     "The settings of a row's network; `run_dir` is its own folder. None where only the finished run may be used, and the row needs another."
     if a.finished: return None if row.train else replace(a.config, run_dir=str(a.finished))
     config = replace(a.config, seed=seed, **row.train)
-    learned = {k: v for k, v in asdict(config).items() if k not in _BOOKKEEPING and v != getattr(Config(), k)}
-    return replace(config, run_dir=str(Path(a.config.run_dir) / f"{config.supervision}-seed{seed}-{_digest(learned)}"))
+    return _named(replace(config, run_dir=str(Path(a.config.run_dir) / "network")), config.supervision)
+
+# %% ../nbs/18_ablations.ipynb #x96146006
+_AFTERWARDS = ("supervision", "aff_iters", "lambda_seg", "lambda_aff", "lambda_reg", "cam_scales", "low", "high", "background", "long_side", "radius", "alpha", "dilations", "par_iters")
+
+def first_phase(config: Config) -> Config | None:
+    "The run that `config` shares its first phase with, to be stopped after `cam_iters`; None if it has none, or nothing else."
+    if config.supervision == "mask" or not 0 < config.cam_iters < config.max_iters: return None
+    usual = {k: v for k, v in asdict(Config()).items() if k in _AFTERWARDS} | dict(aff_iters=config.cam_iters, cam_scales=(1,))
+    return _named(replace(config, **usual), "tagging")
 
 # %% ../nbs/18_ablations.ipynb #14-18-ablations
 def label_settings(config: Config,
@@ -199,9 +211,19 @@ def jobs(a: Ablation) -> list[Job]:
     return list(found.values())
 
 # %% ../nbs/18_ablations.ipynb #26-18-ablations
-def _steps_left(config: Config) -> int:
+def _steps_left(config: Config) -> int: # iterations that its folder lacks
     folder = newest_checkpoint(Path(config.run_dir), say=lambda text: None)
     return config.max_iters - int(folder.name.split("-")[1]) if folder else config.max_iters
+
+def _phases_left(config: Config, shared: set) -> tuple[int, int]:
+    "Iterations of its first phase and of the others; a first phase in `shared` is somebody else's, one that is not is added."
+    steps = _steps_left(config)
+    tagging = max(0, steps - (config.max_iters - config.cam_iters))
+    rest = steps - tagging
+    if steps == config.max_iters and (first := first_phase(config)):
+        tagging = 0 if first.run_dir in shared else max(0, config.cam_iters - (config.max_iters - _steps_left(first)))
+        shared.add(first.run_dir)
+    return tagging, rest
 
 def step_seconds(config: Config) -> tuple[float, float]:
     "Measured seconds of a step of the first and of the last phase, without the optimiser, and without the loader if it has processes of its own."
@@ -235,15 +257,15 @@ def cost(a: Ablation) -> str:
     there = f"{a.name}: {len(a.rows)} rows × {len(a.seeds)} seed{'s' * (len(a.seeds) > 1)}, {total - sum(len(j.cells) for j in todo)} of {total} numbers are there."
     if not todo: return f"{there} Nothing is left to compute."
     networks = {j.config.run_dir: j.config for j in todo}
-    left = {run: steps for run, config in networks.items() if (steps := _steps_left(config))}
-    speeds, training = {}, 0
-    for run, steps in left.items():
-        config = networks[run]
+    left = [config for config in networks.values() if _steps_left(config)]
+    speeds, training, iterations, shared = {}, 0, 0, set()
+    for config in left:
         kind = json.dumps(asdict(replace(config, seed=0, run_dir="")))
         speeds[kind] = speeds.get(kind) or step_seconds(config)
-        tagging = max(0, steps - (config.max_iters - config.cam_iters))
-        training += tagging * speeds[kind][0] + (steps - tagging) * speeds[kind][1]
-    train = f"To train: {len(left)} network{'s' * (len(left) > 1)}, {sum(left.values())} iterations, about {_minutes(training)}" if left else "Nothing to train"
+        phases = _phases_left(config, shared)
+        iterations += sum(phases)
+        training += sum(steps * seconds for steps, seconds in zip(phases, speeds[kind]))
+    train = f"To train: {len(left)} network{'s' * (len(left) > 1)}, {iterations} iterations, about {_minutes(training)}" if left else "Nothing to train"
     return (f"{there} {train}; then {len(todo)} measurement{'s' * (len(todo) > 1)}, about {_minutes(_measuring_seconds(a, todo))}. Device: {device_name('cuda' if torch.cuda.is_available() else 'cpu')}.")
 
 def _measuring_seconds(a, todo):
@@ -260,12 +282,14 @@ def _measuring_seconds(a, todo):
     return total
 
 # %% ../nbs/18_ablations.ipynb #30-18-ablations
-def trained(config: Config) -> Path:
-    "The folder of the network that learned with these settings; trains it, or what is left of it. Other processes wait; one that dies lets go."
+def trained(config: Config, until: int | None = None) -> Path:
+    "The folder of the network that learned with these settings; trains it, or what is left of it, up to iteration `until`. Other processes wait; one that dies lets go."
     run = Path(config.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     with FileLock(run / ".lock"):
-        if _steps_left(config): train(config, verbose=False, ladder=())
+        if until is None and _steps_left(config) == config.max_iters and (first := first_phase(config)):
+            shutil.copytree(trained(first, config.cam_iters), run, ignore=shutil.ignore_patterns("config.json", ".lock"), dirs_exist_ok=True)
+        if config.max_iters - _steps_left(config) < (until or config.max_iters): train(config, verbose=False, ladder=(), until=until)
     return run
 
 # %% ../nbs/18_ablations.ipynb #31-18-ablations

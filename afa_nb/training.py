@@ -468,6 +468,7 @@ def _start(config, classes, accelerator, say, verbose):
 # %% ../nbs/13_training.ipynb #40-13-training
 def train(config: Config, live: bool = False,  # draw the curves in the notebook while training
           verbose: bool = True, ladder=LADDER,  # rungs of the evaluation at the end; () leaves it out
+          until: int | None = None,  # stop after so many iterations, with a checkpoint
          ) -> Path:
     "Trains, evaluates and gives the run's folder with `config.json`, `metrics.jsonl`, `checkpoints/` and `best/`. The same call again continues an unfinished run."
     check(config)
@@ -479,9 +480,10 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     run_dir, net, optimizer, start = _start(config, trainset.classes, accelerator, say, verbose and main)
     metrics, window, labeller = Metrics(run_dir, start, main), _Window(), Labeller(config)
     curves = _live_curves(metrics, config.val_split) if live and main else lambda: None
-    batches = _batches(trainset, config, start, accelerator) if start < config.max_iters else None
+    stop = config.max_iters if until is None else min(until, config.max_iters)
+    batches = _batches(trainset, config, start, accelerator) if start < stop else None
     net.train()
-    bar = tqdm(range(start, config.max_iters), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2)
+    bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2)
     for step in bar:
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.lr * group["ratio"], config.max_iters, config.warmup_iters)
         for _ in range(config.accumulate):
@@ -494,16 +496,16 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
                 optimizer.step()
                 optimizer.zero_grad()
             window.add(losses, step)
-        done, last = step + 1, step + 1 == config.max_iters
+        done, last = step + 1, step + 1 == stop
         if done % config.log_every == 0 or last: bar.set_postfix(_log(metrics, window, done, optimizer, config, accelerator), refresh=False)
-        if done % config.eval_every == 0 and not last and valset is not None:
+        if done % config.eval_every == 0 and done < config.max_iters and valset is not None:
             window.check(run_dir)
             _measure(net, valset, metrics, done, config, ("cam", "cam_par", "propagated_par", "seg"), config.eval_limit, accelerator)
             curves()
         if done % config.save_every == 0 or last:
             window.check(run_dir)
             save_checkpoint(run_dir, done, net, optimizer, accelerator)
-    _finish(net, valset, metrics, config, ladder, accelerator)
+    if stop == config.max_iters: _finish(net, valset, metrics, config, ladder, accelerator)
     curves()
     accelerator.end_training()
     return run_dir

@@ -109,9 +109,9 @@ SUPERVISION = dict(
 PRESETS = dict(
     voc={},
     coco=dict(run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
-    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=700, cam_iters=200, aff_iters=340,
+    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., decoder_lr_ratio=4., norm_lr_ratio=1., lambda_aff=.3, lambda_reg=8., crop_size=96, scale=(1., 1.5), long_side=None,
-              drop_path=.4, cam_scales=(1, 1.5), radius=2, dilations=(1, 2, 4), eval_every=175, eval_limit=40, save_every=70, log_every=20, num_workers=0),
+              drop_path=.4, cam_scales=(1, 1.5), radius=2, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
     own=dict(run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
 

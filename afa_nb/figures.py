@@ -256,7 +256,7 @@ def curves(
         if steps: left.plot(steps, np.abs(values), label=name, color="black" if key == "loss" else f"C{i - 1}", linewidth=1.6 if key == "loss" else 1.1)
     for i, (key, name) in enumerate(RUNGS.items()):
         steps, values = _series(evals, key)
-        if steps: right.plot(steps, 100 * np.array(values), label=name, color=f"C{i}", marker="os+xD^v<>*ph"[i], markersize=4, linewidth=1.2)
+        if steps: right.plot(steps, 100 * np.array(values), label=name, color=[*(f"C{j}" for j in range(10)), "navy", "black"][i], marker="os+xD^v<>*Xh"[i], markersize=4, linewidth=1.2)
     left.set_yscale("log")
     for ax, title in ((left, "loss"), (right, f"mIoU on {split}, %")):
         ax.set_title(title, fontsize=9)

@@ -37,7 +37,7 @@ from .par import PAMR, PAR
 from .pseudo_labels import propagated_labels, refined_label, token_grid
 from .random_walk import random_walk
 from .training import Config, Labeller, TrainSet, build, configure, device_name, evaluation_settings, load_run, newest_checkpoint, open_data, train, training_step
-from .transforms import TrainTransform, normalize
+from .transforms import TrainTransform, normalize, resize_bilinear
 
 # %% ../nbs/18_ablations.ipynb #05-18-ablations
 @dataclass(frozen=True)
@@ -535,7 +535,7 @@ def look(net, config: Config, sample: dict) -> dict:
     grid = token_grid(affinity.shape[-1], *x.shape[-2:])
     attention = attention_affinity(net, x, max(config.cam_scales))
     labels = _labels(net, label_settings(config), image, tags, ("cam", "cam_par", "propagated_par", "seg_ms", "seg_crf"))
-    maps = F.interpolate(cam * tags[:, :, None, None], grid, mode="bilinear", align_corners=False)
+    maps = resize_bilinear(cam * tags[:, :, None, None], grid)
     walked = {name: normalize_cam(random_walk(maps, A, config.radius, config.alpha))[0].cpu() for name, A in dict(attention=attention, affinity=affinity).items()}
     return dict(sample, cam=(cam * tags[:, :, None, None])[0].cpu(), attention=attention[0].cpu(), affinity=affinity[0].cpu(), grid=grid, walked=walked, labels={k: v[0].cpu() for k, v in labels.items()})
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .cam import box_mask
 from .par import gpu_kernels
+from .transforms import resize_bilinear
 
 # %% ../nbs/10_losses.ipynb #07-10-losses
 def classification_loss(logits: torch.Tensor,  # z (B,K)
@@ -30,7 +31,7 @@ def segmentation_loss(logits: torch.Tensor,  # z (B,C,h,w); resized to the targe
     "§3.5, decision 8: cross-entropy averaged over foreground and over background, then the mean of the two. A side without pixels counts 0. Raises `ValueError` for other shapes."
     if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target): raise ValueError(f"logits {tuple(logits.shape)} must be (B,C,h,w) and target {tuple(target.shape)} (B,H,W)")
     logits, target = logits.float(), target.long()
-    if logits.shape[-2:] != target.shape[-2:]: logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+    logits = resize_bilinear(logits, target.shape[-2:])
     loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
     background, foreground = target == 0, (target != 0) & (target != ignore_index)
     mean = lambda side: torch.where(side, loss, 0).sum() / side.sum().clamp(min=1)
@@ -104,7 +105,7 @@ class DenseEnergyLoss(nn.Module):
         size = int(H * self.scale), int(W * self.scale)
         roi = torch.ones_like(target, dtype=torch.bool) if box is None else box_mask(box, H, W)
         image, roi, target = (F.interpolate(x.float(), size, mode="nearest") for x in (image, roi[:, None], target[:, None]))
-        prob = F.interpolate(prob.float(), size, mode="bilinear", align_corners=False)
+        prob = resize_bilinear(prob.float(), size)
         gate = (roi - prob.detach().amax(1, keepdim=True)).clamp(min=0).masked_fill(target == 255, 1)
         return self.weight * _DenseEnergy.apply((prob * roi).flatten(2), self.features(image), gate.flatten(2))
 

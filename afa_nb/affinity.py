@@ -19,14 +19,18 @@ class AffinityHead(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, 1, 1)  # a convolution, so that released checkpoints load
 
-    def forward(self, attention: torch.Tensor,  # S (B,channels,N,N), logits
+    def forward(self, attention: torch.Tensor,  # S (B,channels,N,N), logits; or R (B,N,N), their sum weighted with `self.mix`
                ) -> torch.Tensor:  # A (B,N,N) in (0,1), symmetric
         "Mixes, then transposes. Raises `ValueError` for another number of maps, or maps that are not square."
-        B, n, *grid = attention.shape
-        if n != self.proj.in_channels or len(grid) != 2 or grid[0] != grid[1]:
-            raise ValueError(f"attention must be (B,{self.proj.in_channels},N,N), got {tuple(attention.shape)}")
-        mixed = torch.bmm(self.proj.weight.flatten(1).expand(B, 1, n), attention.flatten(2)).view(B, *grid)
-        return (mixed + mixed.transpose(1, 2) + self.proj.bias).sigmoid()
+        B, *maps, N, M = attention.shape
+        if N != M or maps not in ([], [self.proj.in_channels]): raise ValueError(f"attention must be (B,{self.proj.in_channels},N,N), got {tuple(attention.shape)}")
+        R = torch.bmm(self.mix.expand(B, 1, -1), attention.flatten(2)).view(B, N, N) if maps else attention
+        return (R + R.mT + self.proj.bias).sigmoid()
+
+    @property
+    def mix(self) -> torch.Tensor:  # w (channels,)
+        "How much each map counts."
+        return self.proj.weight.flatten()
 
 # %% ../nbs/07_affinity.ipynb #13-07-affinity
 @lru_cache(maxsize=16)

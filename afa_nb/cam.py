@@ -45,10 +45,12 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
                     image: torch.Tensor,  # (B,3,H,W) normalised
                     scales=(1, .5, 1.5),  # of the image's sides
                     first: torch.Tensor | None = None,  # raw cam (B,K,h,w) of the image itself, if it is known already: saves one pass
-                   ) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W) in [0,1]; affinity (B,N',N') of the largest scale
+                    classes: torch.Tensor | None = None,  # (B,M) from 0, for each image the classes wanted; None: all K
+                   ) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W), or (B,M,H,W), in [0,1]; affinity (B,N',N') of the largest scale
     "§3.2: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
     if min(scales, default=0) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     size, total, affinity = image.shape[-2:], 0, None
+    def full(cam): return resize_bilinear((cam if classes is None else cam.gather(1, classes[:, :, None, None].expand(-1, -1, *cam.shape[2:]))).float(), size)
     for s in scales:
         x = resize_bilinear(image, [int(s * side) for side in size])
         if s == max(scales): cam, affinity = model.cam(x)
@@ -56,7 +58,7 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
         else: cam = None
         if cam is not None: mirrored = model.cam(x.flip(-1), affinity=False)[0]
         else: cam, mirrored = model.cam(torch.cat([x, x.flip(-1)]), affinity=False)[0].chunk(2)
-        total = total + torch.maximum(resize_bilinear(cam.float(), size), resize_bilinear(mirrored.float(), size).flip(-1)).relu()
+        total = total + torch.maximum(full(cam), full(mirrored).flip(-1)).relu()
     return normalize_cam(total), affinity
 
 # %% ../nbs/05_cam.ipynb #33-05-cam

@@ -48,18 +48,29 @@ def variant_of(variant  # name of a row of `VARIANTS`, or a dict with `widths`, 
 # %% ../nbs/04_encoder.ipynb #09-04-encoder
 def attention_with_logits(attn: nn.Module,  # an attention module of timm's PVT v2 without spatial reduction
                           x: torch.Tensor,  # tokens (B,N,C)
-                         ) -> tuple[torch.Tensor, torch.Tensor]:  # tokens (B,N,C), logits $QK^\top$ (B,heads,N,N)
+                          mix: torch.Tensor | None = None,  # (heads,), weights
+                         ) -> tuple[torch.Tensor, torch.Tensor]:  # tokens (B,N,C); logits $QK^\top$ (B,heads,N,N), with `mix` their weighted sum (B,N,N)
     "Eq. 1: the output of `attn`, and its logits neither scaled nor normalised."
-    B, N, C = x.shape
-    q = attn.q(x).view(B, N, attn.num_heads, -1).transpose(1, 2)
-    k, v = attn.kv(x).view(B, N, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    x = F.scaled_dot_product_attention(q, k, v)
-    return attn.proj_drop(attn.proj(x.transpose(1, 2).reshape(B, N, C))), q @ k.transpose(-2, -1)
+    heads = lambda t: t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+    q, (k, v) = attn.q(x), attn.kv(x).chunk(2, -1)
+    S = heads(q) @ heads(k).mT if mix is None else (q * mix.repeat_interleave(attn.head_dim)) @ k.mT
+    x = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
+    return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2))), S
+
+# %% ../nbs/04_encoder.ipynb #12a-04-encoder
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+class _Linear(nn.Linear):
+    "`nn.Linear`, on a CPU computed as a convolution of 1×1."
+    def forward(self, x):  # (…,in) → (…,out)
+        if x.device.type != "cpu" or not _ONEDNN: return super().forward(x)
+        y = F.conv2d(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 # %% ../nbs/04_encoder.ipynb #13-04-encoder
-def _block_with_logits(block, x, size):
+def _block_with_logits(block, x, size, mix):
     "One transformer block of timm's PVT v2, and its attention logits."
-    update, S = attention_with_logits(block.attn, block.norm1(x))
+    update, S = attention_with_logits(block.attn, block.norm1(x), mix)
     x = x + block.drop_path1(update)
     return x + block.drop_path2(block.mlp(block.norm2(x), size)), S
 
@@ -79,10 +90,13 @@ class MixTransformer(PyramidVisionTransformerV2):
         self.attention_channels = min(2, v["depths"][-1]) * v["heads"][-1]
         if stride <= 16: self.stages[3].downsample.proj.stride = (1, 1)
         if stride <= 8: self.stages[2].downsample.proj.stride = (1, 1)
+        for m in self.modules():
+            if type(m) is nn.Linear: m.__class__ = _Linear  # timm builds its own
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) float, normalised; H and W at least 29
                 attention: bool = True,  # False: leave every block to the fused kernel and return None for the logits
+                mix: torch.Tensor | None = None,  # (16,), weights: give the weighted sum (B,N,N) of the logits, without making them
                ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Features: 4 tensors (B,C_i,H_i,W_i), for `stride=16` at strides 4, 8, 16, 16 (sides rounded up); attention logits (B,16,N,N) of the last two
         blocks over the N tokens of the last stage, row by row. Raises `ValueError` for an image of another shape or too small."""
@@ -92,18 +106,20 @@ class MixTransformer(PyramidVisionTransformerV2):
         for stage in self.stages[:-1]:
             x = stage(x)
             features.append(x)
-        x, logits = self._last_stage(x, attention)
+        x, logits = self._last_stage(x, attention, mix)
         return features + [x], logits
 
-    def _last_stage(self, x, attention):
+    def _last_stage(self, x, attention, mix):
         stage, logits = self.stages[-1], []
+        weights = [None] * len(stage.blocks) if mix is None else [None] * (len(stage.blocks) - 2) + list(mix.view(-1, stage.blocks[-1].attn.num_heads))
         x = stage.downsample(x)
         B, *size, C = x.shape
         x = x.flatten(1, 2)
         for i, block in enumerate(stage.blocks):
             if attention and i >= len(stage.blocks) - 2:
-                x, S = _block_with_logits(block, x, size)
+                x, S = _block_with_logits(block, x, size, weights[i])
                 logits.append(S)
             else: x = block(x, size)
         x = stage.norm(x).view(B, *size, C).permute(0, 3, 1, 2).contiguous()
-        return x, torch.cat(logits, 1) if attention else None
+        if not attention: return x, None
+        return x, torch.cat(logits, 1) if mix is None else sum(logits[1:], logits[0])

@@ -52,7 +52,7 @@ class MLPDecoder(nn.Module):
 
 # %% ../nbs/11_model.ipynb #13-11-model
 AFAOutput = namedtuple("AFAOutput", "cls seg affinity attention")
-AFAOutput.__doc__ = "What `AFANet` gives: `cls` (B,K) logits, `seg` (B,C,H/4,W/4) logits, `affinity` (B,N,N) in (0,1), `attention` (B,16,N,N) logits."
+AFAOutput.__doc__ = "What `AFANet` gives: `cls` (B,K) logits, `seg` (B,C,H/4,W/4) logits, `affinity` (B,N,N) in (0,1), `attention` (B,16,N,N) logits. What was not asked for is None."
 
 # %% ../nbs/11_model.ipynb #15-11-model
 @torch.no_grad()
@@ -91,20 +91,22 @@ class AFANet(nn.Module):
         self.classifier = nn.Conv2d(widths[-1], num_classes - 1, 1, bias=False)
         self.affinity_head = AffinityHead(channels)
         self.decoder = MLPDecoder(widths, decoder_dim, num_classes)
-        self._optional = "attention" in inspect.signature(self.encoder.forward).parameters
+        self._options = inspect.signature(self.encoder.forward).parameters
 
-    def _encode(self, image, attention):
-        "Where nobody asks for the attention and the encoder can do without, it is left to the fused kernel."
-        return self.encoder(image, attention=attention) if self._optional else self.encoder(image)
+    def _encode(self, image, affinity, attention=False):
+        "Features; and S, or, where only the affinity is wanted and the encoder knows how, its weighted sum."
+        wanted = dict(attention=affinity, mix=self.affinity_head.mix if affinity and not attention else None)
+        return self.encoder(image, **{k: v for k, v in wanted.items() if k in self._options})
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) normalised
-                seg: bool = True, affinity: bool = True,  # False: that head does not run and gives None; `affinity` stands for `attention` too
+                seg: bool = True, affinity: bool = True,  # False: that head does not run and gives None
+                attention: bool = True,  # False, or no affinity: None for the attention, by far the largest tensor
                 with_cam: bool = False,  # True: also give this pass's raw cam (B,K,h,w)
                ):  # AFAOutput, or (AFAOutput, cam)
-        features, attention = self._encode(image, affinity)
+        features, S = self._encode(image, affinity, attention)
         cls = self.classifier(topk_pool(features[-1], self.pooling)[:, :, None, None]).flatten(1)
-        out = AFAOutput(cls, self.decoder(features) if seg else None, self.affinity_head(attention) if affinity else None, attention if affinity else None)
+        out = AFAOutput(cls, self.decoder(features) if seg else None, self.affinity_head(S) if affinity else None, S if affinity and attention else None)
         return (out, class_activation(features[-1], self.classifier.weight)) if with_cam else out
 
     @torch.no_grad()
@@ -113,8 +115,8 @@ class AFANet(nn.Module):
             affinity: bool = True,  # False: None instead of the affinity
            ) -> tuple[torch.Tensor, torch.Tensor | None]:  # raw cam (B,K,h,w), affinity (B,N,N)
         "Eq. 2 before its ReLU, and Eq. 3, without running the decoder."
-        features, attention = self._encode(image, affinity)
-        return class_activation(features[-1], self.classifier.weight), self.affinity_head(attention) if affinity else None
+        features, S = self._encode(image, affinity)
+        return class_activation(features[-1], self.classifier.weight), self.affinity_head(S) if affinity else None
 
 # %% ../nbs/11_model.ipynb #31-11-model
 PRETRAINED = {  # variant → where its ImageNet weights are on the hub, the file to fetch there, its licence

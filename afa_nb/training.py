@@ -31,7 +31,7 @@ from .evaluation import LADDER, evaluate, peak_memory, reliable_labels
 from .losses import DenseEnergyLoss, classification_loss, segmentation_loss
 from .model import AFANet, find_weights, load_weights, pretrained
 from .par import PAR
-from .pseudo_labels import half, propagated_labels, refined_labels
+from .pseudo_labels import half, in_classes, present_classes, propagated_labels, refined_labels
 from .shapes import shapes_root
 from .transforms import TrainTransform, denormalize, resize_bilinear, sample_generator
 
@@ -250,14 +250,15 @@ class Labeller:
         "The label for the affinity, None where none is learned, and the one that supervises the segmentation, both (B,H,W), from the network's own maps; no gradient."
         c, image = self.config, batch["image"]
         with torch.no_grad():
-            cams, affinity = multi_scale_cam(cam_model, image, c.cam_scales, first=cam)
-            if c.supervision == "cam": return None, cam_to_label(cams, batch["class_labels"], low=c.low, high=c.high, box=batch["box"])
-            if c.supervision == "rrm": return None, reliable_labels((denormalize(image) * 255).byte(), cams, batch["class_labels"], batch["box"])
+            index, present = present_classes(batch["class_labels"], num_present)
+            cams, affinity = multi_scale_cam(cam_model, image, c.cam_scales, first=cam, classes=index)
+            if c.supervision == "cam": return None, in_classes(cam_to_label(cams, present, low=c.low, high=c.high, box=batch["box"]), index)
+            if c.supervision == "rrm": return None, in_classes(reliable_labels((denormalize(image) * 255).byte(), cams, present, batch["box"]), index)
             shared = dict(low=c.low, high=c.high, box=batch["box"], num_present=num_present, kernel=self.par.kernel(half(image)))
-            refined = refined_labels(self.par, image, cams, batch["class_labels"], **shared)
+            refined = in_classes(refined_labels(self.par, image, cams, present, **shared), index)
             if c.supervision == "par": return None, refined
             if not propagate: return refined, refined
-            return refined, propagated_labels(self.par, image, cams, affinity, batch["class_labels"], radius=c.radius, alpha=c.alpha, **shared)
+            return refined, in_classes(propagated_labels(self.par, image, cams, affinity, present, radius=c.radius, alpha=c.alpha, **shared), index)
 
 # %% ../nbs/13_training.ipynb #28-13-training
 def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: int) -> tuple:  # total loss, the losses by name
@@ -267,7 +268,7 @@ def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: 
     if step < c.cam_iters:
         cls = classification_loss(net(batch["image"], seg=False, affinity=False).cls, labels)
         return cls, dict(cls=cls.detach())
-    out, cam = net(batch["image"], affinity=c.supervision == "afa", with_cam=True)
+    out, cam = net(batch["image"], affinity=c.supervision == "afa", attention=False, with_cam=True)
     refined, target = labeller(getattr(net, "module", net), batch, cam, num_present, step >= c.aff_iters)
     losses = dict(cls=classification_loss(out.cls, labels))
     if refined is not None: losses["aff"] = affinity_loss(out.affinity, affinity_labels(refined, c.stride, c.radius))
@@ -456,7 +457,7 @@ def _start(config, classes, accelerator, say, verbose):
     with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
         net = _arranged(build(config, classes, verbose), config)
         run_dir = open_run(config, classes)
-    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     net, optimizer = accelerator.prepare(net, optimizer)
     seed_everything(config.seed + accelerator.process_index)
     folder, start = newest_checkpoint(run_dir, say), 0

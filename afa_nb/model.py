@@ -91,7 +91,7 @@ class AFANet(nn.Module):
         self.classifier = nn.Conv2d(widths[-1], num_classes - 1, 1, bias=False)
         self.affinity_head = AffinityHead(channels)
         self.decoder = MLPDecoder(widths, decoder_dim, num_classes)
-        self._options = inspect.signature(self.encoder.forward).parameters
+        self._options = set(inspect.signature(self.encoder.forward).parameters)
 
     def _encode(self, image, affinity, attention=False):
         "Features; and S, or, where only the affinity is wanted and the encoder knows how, its weighted sum."

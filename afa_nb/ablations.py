@@ -265,8 +265,9 @@ def cost(a: Ablation) -> str:
         phases = _phases_left(config, shared)
         iterations += sum(phases)
         training += sum(steps * seconds for steps, seconds in zip(phases, speeds[kind]))
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu").replace(" 1 threads", " 1 thread")
     train = f"To train: {len(left)} network{'s' * (len(left) > 1)}, {iterations} iterations, about {_minutes(training)}" if left else "Nothing to train"
-    return (f"{there} {train}; then {len(todo)} measurement{'s' * (len(todo) > 1)}, about {_minutes(_measuring_seconds(a, todo))}. Device: {device_name('cuda' if torch.cuda.is_available() else 'cpu')}.")
+    return (f"{there} {train}; then {len(todo)} measurement{'s' * (len(todo) > 1)}, about {_minutes(_measuring_seconds(a, todo))}. Device: {device}.")
 
 def _measuring_seconds(a, todo):
     "Two images of each kind of measurement, with a network that has learned nothing, times what is to be measured."
@@ -416,6 +417,7 @@ def plot_sweeps(a: Ablation):  # a matplotlib figure
     fig = _Figure(figsize=(2.3 * cols, 1.9 * lines), dpi=100, layout="constrained")
     axs = fig.subplots(lines, cols, squeeze=False)
     for ax in axs.flat[len(axes):]: ax.set_axis_off()
+    for ax in axs[:, 0]: ax.set_ylabel("mIoU or share, %", fontsize=7)
     for ax, (name, rows) in zip(axs.flat, axes.items()):
         columns = list(dict.fromkeys(c for row in rows for c in row.columns))
         for i, column in enumerate(columns):

@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:  # exit code: 0 all done, 1 some
     except (OSError, ValueError, ImportError, RuntimeError) as e:
         print(f"afa-predict: {e}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {len(report.done)} masks written, {len(report.skipped)} were there" + (f", {len(report.failed)} pictures failed:" if report.failed else ""))
+    count = lambda names, what: f"{len(names)} {what}{'s' * (len(names) != 1)}"
+    print(f"{args.out}: {count(report.done, 'mask')} written, {len(report.skipped)} were there" + (f", {count(report.failed, 'picture')} failed:" if report.failed else ""))
     for name, why in report.failed.items(): print(f"  {name}: {why}", file=sys.stderr)
     return 1 if report.failed else 0
 

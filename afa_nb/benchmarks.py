@@ -741,7 +741,7 @@ def describe(row: dict) -> str:
     words = [name + ("" if s.get("part", "all") == "all" else f", {s['part']} alone"), f"{s.get('batch', 1)}×{side}×{side}"]
     if row["benchmark"] in ("par", "energy"): words.append(f"{s.get('classes', 21)} classes")
     if row["benchmark"] in ("cam", "step", "inference", "demo"): words += [s.get("backbone", "mit_b1").replace("mit_", "MiT-").replace("-b", "-B")]
-    if row["benchmark"] == "loader": words.append(f"{s['workers']} processes")
+    if row["benchmark"] == "loader": words.append(f"{s['workers']} process{'es' * (s['workers'] != 1)}")
     if row["benchmark"] == "demo": words.append(s["phase"])
     words += [s["precision"]] if s.get("precision", "fp32") != "fp32" else []
     return ", ".join(words + [text for key, text in dict(energy="with regularisation", channels_last="channels last", compiled="compiled").items() if s.get(key)])
@@ -750,11 +750,11 @@ def _cells(row: dict) -> list[str]:
     "As in `_COLUMNS`."
     if "failed" in row: return [describe(row), f"not measured: {row['failed']}", *[""] * 7]
     show = lambda value, form: "" if value is None else form(value)
-    seconds = lambda side: show(row.get(side), lambda r: f"{r['images_per_second']:.0f} images/s" if row["benchmark"] == "loader" else _time(r["seconds"]))
+    seconds = lambda side: show(row.get(side), lambda r: f"{r['images_per_second']:.0f}\N{NO-BREAK SPACE}images/s" if row["benchmark"] == "loader" else _time(r["seconds"]))
     memory = lambda side: show(row.get(side, {}).get("memory_mb"), lambda mb: f"{mb:.0f} MB")
     ratio = lambda value: show(value, lambda v: f"{v:.0f}" if v >= 20 else f"{v:.1f}")
     floor = row["ours"]["seconds"] / row["floor_seconds"] if "floor_seconds" in row else None
-    return [describe(row), seconds("ours"), row.get("naive_failed") or seconds("naive"), ratio(row.get("faster")), memory("ours"), memory("naive"), ratio(row.get("less_memory")), ratio(floor), show(row.get("error"), "{:.0e}".format)]
+    return [describe(row), seconds("ours"), row.get("naive_failed") or seconds("naive"), ratio(row.get("faster")), memory("ours"), memory("naive"), ratio(row.get("less_memory")), ratio(floor), show(row.get("error"), lambda e: f"{e:.0e}" if e else "0")]
 
 def _time(seconds): return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms" if seconds >= .02 else f"{1e3 * seconds:.2g} ms"
 

@@ -109,9 +109,9 @@ SUPERVISION = dict(
 PRESETS = dict(
     voc={},
     coco=dict(run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
-    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=520, cam_iters=200, aff_iters=340,
+    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=700, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., decoder_lr_ratio=4., norm_lr_ratio=1., lambda_aff=.3, lambda_reg=8., crop_size=96, scale=(1., 1.5), long_side=None,
-              drop_path=.4, cam_scales=(1, 1.5), radius=2, dilations=(1, 2, 4), eval_every=130, eval_limit=40, save_every=65, log_every=20, num_workers=0),
+              drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=175, eval_limit=40, save_every=70, log_every=20, num_workers=0),
     own=dict(run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
 
@@ -169,7 +169,7 @@ def check(config: Config):
         (c.max_iters >= 1, f"max_iters must be at least 1, not {c.max_iters}"),
         (0 <= c.cam_iters <= c.aff_iters, f"need 0 <= cam_iters <= aff_iters, not {c.cam_iters} and {c.aff_iters}"),
         (c.batch_size >= 1 and c.accumulate >= 1 and c.batch_size % c.accumulate == 0, f"batch_size {c.batch_size} must be a multiple of accumulate {c.accumulate}"),
-        (c.lr > 0 and c.head_lr_ratio > 0 and (c.decoder_lr_ratio or 1) > 0 and c.norm_lr_ratio >= 0 and c.weight_decay >= 0, "lr, head_lr_ratio and decoder_lr_ratio must be positive, norm_lr_ratio and weight_decay not negative"),
+        (c.lr > 0 and c.head_lr_ratio > 0 and (c.decoder_lr_ratio is None or c.decoder_lr_ratio > 0) and c.norm_lr_ratio >= 0 and c.weight_decay >= 0, "lr, head_lr_ratio and decoder_lr_ratio must be positive, norm_lr_ratio and weight_decay not negative"),
         (min(c.lambda_seg, c.lambda_aff, c.lambda_reg) >= 0, "the loss weights lambda_* must not be negative"),
         (0 <= c.low <= c.high <= 1, f"need 0 <= low <= high <= 1, not {c.low} and {c.high}"),
         (0 < c.background < 1, f"background must lie in (0,1), not {c.background}"),

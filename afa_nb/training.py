@@ -484,7 +484,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     stop = config.max_iters if until is None else min(until, config.max_iters)
     batches = _batches(trainset, config, start, accelerator) if start < stop else None
     net.train()
-    bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2)
+    bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2, file=_Line() if live and main else None)
     for step in bar:
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.lr * group["ratio"], config.max_iters, config.warmup_iters)
         for _ in range(config.accumulate):
@@ -569,6 +569,18 @@ def _live_curves(metrics, split):
         if handle: handle.update(curves(metrics.rows, split))
         else: handle = display(curves(metrics.rows, split), display_id=True)
     return redraw
+
+class _Line:
+    "A file for `tqdm`: one line below the cell that is overwritten. What goes to stderr stays in an executed notebook, a hundred lines of it."
+    encoding, handle = "utf-8", None
+
+    def write(self, text):
+        from IPython.display import display
+        if not (line := {"text/plain": text.strip()})["text/plain"]: return
+        if self.handle: self.handle.update(line, raw=True)
+        else: self.handle = display(line, raw=True, display_id=True)
+
+    def flush(self): pass
 
 # %% ../nbs/13_training.ipynb #43-13-training
 def load_run(run_dir,  # of `train`

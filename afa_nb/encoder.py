@@ -61,9 +61,9 @@ def attention_with_logits(attn: nn.Module,  # an attention module of timm's PVT 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 class _Linear(nn.Linear):
-    "`nn.Linear`, on a CPU computed as a convolution of 1×1."
+    "`nn.Linear`, on a CPU and for many rows computed as a convolution of 1×1."
     def forward(self, x):  # (…,in) → (…,out)
-        if x.device.type != "cpu" or not _ONEDNN: return super().forward(x)
+        if x.device.type != "cpu" or x.numel() < 512 * x.shape[-1] or not _ONEDNN: return super().forward(x)
         y = F.conv2d(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 

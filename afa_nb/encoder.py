@@ -63,7 +63,7 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 class _Linear(nn.Linear):
     "`nn.Linear`, on a CPU and for many rows computed as a convolution of 1×1."
     def forward(self, x):  # (…,in) → (…,out)
-        if x.device.type != "cpu" or x.numel() < 512 * x.shape[-1] or not _ONEDNN: return super().forward(x)
+        if not _ONEDNN or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < 512 * x.shape[-1]: return super().forward(x)
         y = F.conv2d(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 

@@ -414,12 +414,12 @@ class _Window:
         self.first_bad = {}
         self.reset()
 
-    def reset(self): self.sums, self.count, self.start = {}, 0, time.perf_counter()
+    def reset(self): self.sums, self.counts, self.count, self.start = {}, {}, 0, time.perf_counter()
 
     def add(self, losses, step):
         self.count += 1
         for k, v in losses.items():
-            self.sums[k] = self.sums.get(k, 0) + v
+            self.sums[k], self.counts[k] = self.sums.get(k, 0) + v, self.counts.get(k, 0) + 1  # a loss may join within the window
             here = torch.where(torch.isfinite(v), math.inf, float(step))
             self.first_bad[k] = torch.minimum(self.first_bad[k], here) if k in self.first_bad else here
 
@@ -515,7 +515,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
 def _log(metrics, window, step, optimizer, config, accelerator):
     "One row of `metrics.jsonl` with the means since the last one; gives what the progress bar shows."
     window.check(config.run_dir)
-    means = {f"loss_{k}": (accelerator.reduce(v, "mean") / window.count).item() for k, v in window.sums.items()}
+    means = {f"loss_{k}": (accelerator.reduce(v, "mean") / window.counts[k]).item() for k, v in window.sums.items()}
     rate, speed = optimizer.param_groups[0]["lr"], window.count / config.accumulate / (time.perf_counter() - window.start)
     weights = dict(loss_cls=1, loss_seg=config.lambda_seg, loss_aff=config.lambda_aff, loss_reg=config.lambda_reg)
     metrics.add(kind="train", step=step, loss=sum(weights[k] * v for k, v in means.items()), **means, lr=rate, iterations_per_second=round(speed, 3))

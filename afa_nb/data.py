@@ -406,6 +406,16 @@ def voc(root, # folder in VOC's layout, or one with VOCdevkit/VOC2012 in it
     return TaggedImages([Record(*r) for r in zip(names, image_files, mask_files)], class_labels, classes, tags_from)
 
 # %% ../nbs/00_data.ipynb #68-00-data
+@contextlib.contextmanager
+def _within_folder():
+    "Inside, no member of an archive is unpacked outside its folder, whatever torchvision's release asks for. Pythons before 3.10.12 and 3.11.4 cannot check it."
+    if not hasattr(tarfile, "data_filter"):
+        yield
+        return
+    before, tarfile.TarFile.extraction_filter = tarfile.TarFile.extraction_filter, staticmethod(tarfile.data_filter)
+    try: yield
+    finally: tarfile.TarFile.extraction_filter = before
+
 def _fetch(root:Path, # where archive and data belong
            make, # called with a folder: downloads the archive into it and unpacks it there
            archive:str, md5:str, url:str, # the archive's name, checksum and address
@@ -417,7 +427,8 @@ def _fetch(root:Path, # where archive and data belong
     work.mkdir(parents=True)
     there = kept.exists()
     if there: os.replace(kept, work/archive)
-    try: make(work)
+    try:
+        with _within_folder(): make(work)
     except URLError as e:
         raise OSError(f"{kept}: " + (f"refused, its MD5 is not {md5}; " if there else "not there, ") + f"and {url} cannot be fetched ({e.reason}). Fetch it elsewhere and put it here") from e
     except RuntimeError as e: raise OSError(f"{kept}: refused ({e}): its MD5 is not {md5}. Remove it and try again; it comes from {url}") from e

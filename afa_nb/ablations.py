@@ -265,7 +265,7 @@ def cost(a: Ablation) -> str:
         phases = _phases_left(config, shared)
         iterations += sum(phases)
         training += sum(steps * seconds for steps, seconds in zip(phases, speeds[kind]))
-    device = device_name("cuda" if torch.cuda.is_available() else "cpu").replace(" 1 threads", " 1 thread")
+    device = device_name("cuda" if torch.cuda.is_available() else "cpu")
     train = f"To train: {len(left)} network{'s' * (len(left) > 1)}, {iterations} iterations, about {_minutes(training)}" if left else "Nothing to train"
     return (f"{there} {train}; then {len(todo)} measurement{'s' * (len(todo) > 1)}, about {_minutes(_measuring_seconds(a, todo))}. Device: {device}.")
 

@@ -524,7 +524,7 @@ def _log(metrics, window, step, optimizer, config, accelerator):
 
 def device_name(device) -> str:
     "What a figure was measured on."
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
 
 def evaluation_settings(config: Config) -> dict:
     "What `evaluation.evaluate` and `evaluation.ladder_labels` must know of a run, so that pictures show what the table measures."

@@ -21,78 +21,104 @@ except ImportError:  # not Linux, or PyTorch without CUDA: the kernels can be re
 
 # %% ../nbs/17_kernels.ipynb #14-17-kernels
 @triton.jit
-def _refine(kernel, masks, out, C, H, W, offsets: tl.constexpr, packed: tl.constexpr, tile_h: tl.constexpr, tile_w: tl.constexpr):
-    "One iteration of Eq. 10 for tile_h × tile_w pixels of one image. `masks` are packed, and `out` if `packed` says so."
-    tile, b, thread = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, tile_h * tile_w)
-    tiles = tl.cdiv(W, tile_w)
+def _neighbour(offsets, n, N, y, x, H, W):
+    "The number of the n-th neighbour of the pixels (y,x); edges replicated."
+    row = tl.minimum(tl.maximum(y + tl.load(offsets + n), 0), H - 1)
+    column = tl.minimum(tl.maximum(x + tl.load(offsets + N + n), 0), W - 1)
+    return row * W + column
+
+@triton.jit
+def _refine(kernel, masks, out, offsets, C, H, W, N, groups: tl.constexpr, packed: tl.constexpr, tile_h: tl.constexpr, tile_w: tl.constexpr):
+    "One iteration of Eq. 10 for tile_h × tile_w pixels of one image and 4·`groups` of its channels. `masks` are packed, and `out` if `packed` says so."
+    tile, b, first = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * groups
+    tiles, thread, channel = tl.cdiv(W, tile_w), tl.arange(0, tile_h * tile_w), tl.arange(0, 4)[None, :]
     y, x = tile // tiles * tile_h + thread // tile_w, tile % tiles * tile_w + thread % tile_w
-    inside, pixel, channel = (y < H) & (x < W), y * W + x, tl.arange(0, 4)[None, :]
-    N: tl.constexpr = len(offsets)
-    groups, plane = tl.cdiv(C, 4), H * W
+    inside, pixel, plane = (y < H) & (x < W), y * W + x, H * W
     kernel += b * N * plane
-    masks += b * groups * 4 * plane
-    out += b * (groups * 4 if packed else C) * plane
-    k = ()
-    for n in tl.static_range(N): k = k + (tl.load(kernel + n * plane + pixel, inside, 0., eviction_policy="evict_first"),)
-    for start in range(0, groups * plane, plane):
-        total = tl.zeros((tile_h * tile_w, 4), tl.float32)
-        for n in tl.static_range(N):
-            row = tl.minimum(tl.maximum(y + offsets[n][0], 0), H - 1)
-            column = tl.minimum(tl.maximum(x + offsets[n][1], 0), W - 1)
-            total += k[n][:, None] * tl.load(masks + ((start + row * W + column)[:, None] * 4 + channel))
-        if packed: tl.store(out + ((start + pixel)[:, None] * 4 + channel), total, inside[:, None])
-        else: tl.store(out + (start * 4 + channel * plane + pixel[:, None]), total, inside[:, None] & (start * 4 + channel * plane < C * plane))
+    masks += (b * tl.num_programs(2) * groups + first) * 4 * plane
+    total = ()
+    for g in tl.static_range(groups): total = total + (tl.zeros((tile_h * tile_w, 4), tl.float32),)
+    for n in range(N):
+        k = tl.load(kernel + n * plane + pixel, inside, 0., eviction_policy="evict_first")[:, None]
+        there = _neighbour(offsets, n, N, y, x, H, W)[:, None] * 4 + channel
+        more = ()
+        for g in tl.static_range(groups): more = more + (total[g] + k * tl.load(masks + g * 4 * plane + there),)
+        total = more
+    for g in tl.static_range(groups):
+        c = (first + g) * 4 + channel
+        if packed: tl.store(out + (b * tl.num_programs(2) * groups + first + g) * 4 * plane + pixel[:, None] * 4 + channel, total[g], inside[:, None])
+        else: tl.store(out + (b * C + c) * plane + pixel[:, None], total[g], inside[:, None] & (c < C))
 
 # %% ../nbs/17_kernels.ipynb #15-17-kernels
+@lru_cache(maxsize=8)
+def _offset_table(offsets, device):
+    with torch.inference_mode(False): return torch.tensor(offsets, dtype=torch.int32, device=device).T.contiguous()  # (2,48)
+
+def _packed(masks, size, groups):
+    "(B,C,h,w) → (B,groups,H,W,4), resized to H×W if it has another size; channels that are added are zero."
+    x = F.pad(masks, (0, 0, 0, 0, 0, 4 * groups - masks.shape[1])).view(-1, 4, *masks.shape[-2:]).contiguous(memory_format=torch.channels_last)
+    if x.shape[-2:] != size: x = F.interpolate(x, size, mode="bilinear", align_corners=True)
+    return x.permute(0, 2, 3, 1).contiguous()
+
 def refine(kernel: torch.Tensor,  # κ (B,48,H,W), float32
-           masks: torch.Tensor,  # M_0 (B,C,H,W), float32
+           masks: torch.Tensor,  # M_0 (B,C,h,w), float32; resized to H×W
            offsets,  # 48 pairs (dy,dx)
            num_iter: int) -> torch.Tensor:  # M_t (B,C,H,W)
     "Eq. 10, `num_iter` times, as `par.refine`. Takes the memory of three sets of masks. Raises `ValueError` for pictures of many millions of pixels."
-    (B, C, H, W), offsets, (tile_h, tile_w) = masks.shape, tuple(offsets), (16, 32)
+    (B, C), (H, W), offsets, (tile_h, tile_w) = masks.shape[:2], kernel.shape[-2:], tuple(offsets), (16, 32)
     if max(len(offsets), C + 3) * H * W >= 2 ** 31: raise ValueError(f"{H}×{W} pixels with {len(offsets)} neighbours and {C} channels are more numbers than the kernel can count: refine at a lower resolution")
-    if not num_iter: return masks
-    kernel = kernel.contiguous()
-    masks = F.pad(masks, (0, 0, 0, 0, 0, -C % 4)).unflatten(1, (-1, 4)).permute(0, 1, 3, 4, 2).contiguous()
+    if not num_iter: return masks if masks.shape[-2:] == (H, W) else F.interpolate(masks, (H, W), mode="bilinear", align_corners=True)
+    parts = triton.cdiv(C, 24)  # of at most 24 channels: more would not fit into the registers
+    groups = triton.cdiv(C, 4 * parts)
+    kernel, masks = kernel.contiguous(), _packed(masks, (H, W), parts * groups)
+    table = _offset_table(offsets, kernel.device)
     spare, result = torch.empty_like(masks) if num_iter > 1 else None, kernel.new_empty(B, C, H, W)
     with torch.cuda.device_of(masks):
         for t in reversed(range(num_iter)):
-            _refine[triton.cdiv(H, tile_h) * triton.cdiv(W, tile_w), B](kernel, masks, spare if t else result, C, H, W, offsets, t > 0, tile_h, tile_w,
-                                                                                num_warps=16, enable_fp_fusion=True)
+            _refine[triton.cdiv(H, tile_h) * triton.cdiv(W, tile_w), B, parts](kernel, masks, spare if t else result, table, C, H, W, len(offsets), groups, t > 0, tile_h, tile_w,
+                                                                                       num_warps=16, enable_fp_fusion=True)
             masks, spare = spare, masks
     return result
 
 # %% ../nbs/17_kernels.ipynb #19-17-kernels
 @triton.jit
-def _weights(image, offsets, bias, kernel, H, W, w1, eps, centres, N: tl.constexpr, colours: tl.constexpr, squared: tl.constexpr,
-             rows: tl.constexpr, block: tl.constexpr):
-    "κ of `block` pixels, in a table with one row for each neighbour; `rows` ≥ N is a power of two."
-    b = tl.program_id(1).to(tl.int64)
-    image += b * colours * H * W
-    kernel += b * N * H * W
-    n, pixel = tl.arange(0, rows)[:, None], tl.program_id(0) * block + tl.arange(0, block)[None, :]
-    exists, inside = n < N, pixel < H * W
-    y = pixel // W + tl.load(offsets + n, exists, 0)
-    x = pixel % W + tl.load(offsets + N + n, exists, 0)
-    neighbour = tl.minimum(tl.maximum(y, 0), H - 1) * W + tl.minimum(tl.maximum(x, 0), W - 1)
-    k = tl.zeros((rows, block), tl.float32)
+def _cost(image, there, plane, centre, scale, colours: tl.constexpr, squared: tl.constexpr):
+    "The exponent of Eq. 8 for one neighbour of each pixel, without its sign, summed over colours."
+    cost = tl.zeros(there.shape, tl.float32)
     for c in tl.static_range(colours):
-        centre = tl.load(image + c * H * W + pixel, inside, 0.)
-        I = tl.load(image + c * H * W + neighbour, exists & inside, 0.)
-        mean = (tl.sum(I, 0, keep_dims=True) + centres * centre) / (N + centres)
-        squares = tl.where(exists, (I - mean) * (I - mean), 0.)
-        sigma = tl.sqrt((tl.sum(squares, 0, keep_dims=True) + centres * (centre - mean) * (centre - mean)) / (N + centres - 1))
-        ratio = (I - centre) * (1 / (w1 * (sigma + eps)))
-        k -= ratio * ratio if squared else tl.abs(ratio)
-    k = tl.where(exists, k * (1 / colours), -float("inf"))
-    k = tl.exp(k - tl.max(k, 0, keep_dims=True))
-    k = k * (1 / tl.sum(k, 0, keep_dims=True)) + tl.load(bias + n, exists, 0.)
-    tl.store(kernel + n * H * W + pixel, k, exists & inside)
+        ratio = (tl.load(image + c * plane + there) - centre[c]) * scale[c]
+        cost += ratio * ratio if squared else tl.abs(ratio)
+    return cost
+
+@triton.jit
+def _weights(image, offsets, bias, kernel, H, W, w1, eps, centres, N, colours: tl.constexpr, squared: tl.constexpr, block: tl.constexpr):
+    "κ of `block` pixels of one image."
+    b, plane, pixel = tl.program_id(1).to(tl.int64), H * W, tl.program_id(0) * block + tl.arange(0, block)
+    y, x, inside = pixel // W, pixel % W, pixel < plane
+    image += b * colours * plane
+    kernel += b * N * plane
+    centre, scale = (), ()
+    for c in tl.static_range(colours):
+        I = image + c * plane
+        own = tl.load(I + pixel, inside, 0.)
+        mean = centres * own
+        for n in range(N): mean += tl.load(I + _neighbour(offsets, n, N, y, x, H, W))
+        mean = mean / (N + centres)
+        squares = centres * (own - mean) * (own - mean)
+        for n in range(N):
+            difference = tl.load(I + _neighbour(offsets, n, N, y, x, H, W)) - mean
+            squares += difference * difference
+        centre, scale = centre + (own,), scale + (1 / (w1 * (tl.sqrt(squares / (N + centres - 1)) + eps)),)
+    least, total = tl.full((block,), float("inf"), tl.float32), tl.zeros((block,), tl.float32)
+    for n in range(N):  # the softmax's sum, relative to the least cost so far
+        cost = _cost(image, _neighbour(offsets, n, N, y, x, H, W), plane, centre, scale, colours, squared)
+        before, least = least, tl.minimum(least, cost)
+        total = total * tl.exp((least - before) / colours) + tl.exp((least - cost) / colours)
+    for n in range(N):
+        cost = _cost(image, _neighbour(offsets, n, N, y, x, H, W), plane, centre, scale, colours, squared)
+        tl.store(kernel + n * plane + pixel, tl.exp((least - cost) / colours) / total + tl.load(bias + n), inside)
 
 # %% ../nbs/17_kernels.ipynb #20-17-kernels
-@lru_cache(maxsize=8)
-def _offset_table(offsets, device): return torch.tensor(offsets, dtype=torch.int32, device=device).T.contiguous()  # (2,48)
-
 def neighbour_weights(image: torch.Tensor,  # (B,3,H,W), float32
                       offsets,  # 48 pairs (dy,dx)
                       w1: float,
@@ -102,12 +128,12 @@ def neighbour_weights(image: torch.Tensor,  # (B,3,H,W), float32
                       bias: torch.Tensor | None = None,  # (48,1), added to the weights: PAR's w3·κ_pos
                      ) -> torch.Tensor:  # κ (B,48,H,W)
     "Eq. 8–9 for a whole batch."
-    (B, colours, H, W), N, block = image.shape, len(offsets), 32
+    (B, colours, H, W), N, block = image.shape, len(offsets), 128
     image, kernel = image.contiguous(), image.new_empty(B, N, H, W)
     bias = image.new_zeros(N) if bias is None else bias.to(image.device, non_blocking=True)
-    with torch.cuda.device_of(image):
-        _weights[triton.cdiv(H * W, block), B](image, _offset_table(tuple(offsets), image.device), bias, kernel, H, W, w1, eps, centres, N, colours, squared,
-                                               triton.next_power_of_2(N), block, num_warps=8, enable_fp_fusion=True)
+    with torch.cuda.device_of(image):  # products and sums stay apart: fused, the differences below of equal costs would not be 0, and costs can be large
+        _weights[triton.cdiv(H * W, block), B](image, _offset_table(tuple(offsets), image.device), bias, kernel, H, W, w1, eps, centres, N, colours, squared, block, num_warps=4,
+                                               enable_fp_fusion=False)
     return kernel
 
 # %% ../nbs/17_kernels.ipynb #29-17-kernels
@@ -125,7 +151,8 @@ def _queries_and_keys(features):  # f (B,5,P) → two of (B,P,32), float16
         second = (n - first.double() * 1024).half()
         return torch.cat([first, second, (n - first.double() * 1024 - second.double()).half()], 2)
 
-    one = torch.tensor([1024, 1, 1], dtype=torch.half, device=g.device).expand(*g.shape[:2], 3)
+    one = torch.ones_like(high[..., :3])
+    one[..., 0] = 1024
     queries = torch.cat([high, split(rest + 15), one, low, low, high], 2)
     keys = torch.cat([high, one, split(rest), low, high, low], 2)
     pad = (0, max(16, 1 << (keys.shape[2] - 1).bit_length()) - keys.shape[2])  # to a power of two, 32
@@ -156,7 +183,7 @@ def bilateral_filter(features: torch.Tensor,  # f (B,5,P)
                     ) -> torch.Tensor:  # W s (B,C,P), float32
     "As `losses.bilateral_filter`, with time O(P²) and memory O(P)."
     if values.shape[1] > 32: return torch.cat([bilateral_filter(features, part) for part in values.split(32, 1)], 1)
-    (B, C, P), rows, step, width = values.shape, 128, 64, -(-2 * values.shape[1] // 8) * 8
+    (B, C, P), rows, step, width = values.shape, 64, 64, -(-2 * values.shape[1] // 8) * 8
     pad = -P % rows  # pixels that are all zero: they add nothing
     queries, keys = (F.pad(x, (0, 0, 0, pad)) for x in _queries_and_keys(features))
     scale = 2 ** 15 / values.float().abs().amax(2, keepdim=True).clamp(min=1e-20)
@@ -166,7 +193,7 @@ def bilateral_filter(features: torch.Tensor,  # f (B,5,P)
     out = s.new_empty(B, P + pad, width)
     with torch.cuda.device_of(out):
         _filter[(P + pad) // rows, B](queries, keys, halves, out, P + pad, keys.shape[2], width, max(16, triton.next_power_of_2(width)), rows, step,
-                                      num_warps=8, num_stages=3, enable_fp_fusion=True)
+                                      num_warps=4, num_stages=3, enable_fp_fusion=True)
     return (out[:, :P, :C] + out[:, :P, C:2 * C]).mT / (scale * 2 ** 15)
 
 # %% ../nbs/17_kernels.ipynb #40-17-kernels

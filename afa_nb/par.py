@@ -38,12 +38,13 @@ def gpu_kernels(device: torch.device):
 
 # %% ../nbs/06_par.ipynb #17-06-par
 def refine(kernel: torch.Tensor,  # κ (B,48,H,W)
-           masks: torch.Tensor,  # M_0 (B,C,H,W)
+           masks: torch.Tensor,  # M_0 (B,C,h,w); resized to H×W
            offsets,  # 48 pairs (dy,dx)
            num_iter: int) -> torch.Tensor:  # M_t (B,C,H,W)
     "Eq. 10, `num_iter` times. Takes the memory of the neighbours' numbers (as much as κ) and of two sets of masks."
     fused = kernel.dtype == masks.dtype == torch.float32 and not masks.requires_grad
     if fused and (gpu := gpu_kernels(masks.device)): return gpu.refine(kernel, masks, offsets, num_iter)
+    masks = F.interpolate(masks, kernel.shape[-2:], mode="bilinear", align_corners=True) if masks.shape[-2:] != kernel.shape[-2:] else masks
     B, C, H, W = masks.shape
     index = neighbour_index(B, H, W, tuple(offsets), masks.device)
     kernel = kernel.permute(0, 2, 3, 1).reshape(index.shape)
@@ -86,7 +87,7 @@ class _Refinement(nn.Module):
         B, _, H, W = image.shape
         if cams.ndim != 4 or len(cams) != B: raise ValueError(f"cams must be (B,C,h,w) with the {B} images' batch, got {tuple(cams.shape)}")
         if kernel.shape != (B, len(self.offsets), H, W): raise ValueError(f"kernel {tuple(kernel.shape)} was not made from these images {tuple(image.shape)}")
-        return refine(kernel, F.interpolate(cams.float(), (H, W), mode="bilinear", align_corners=True), self.offsets, self.num_iter)
+        return refine(kernel, cams.float(), self.offsets, self.num_iter)
 
 # %% ../nbs/06_par.ipynb #25-06-par
 def _spread(x):  # (3,n,P) → (3,1,P)

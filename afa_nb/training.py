@@ -90,7 +90,8 @@ class Config:
     log_every: int = 50
     precision: str = "fp32"  # "bf16" and "fp16" need hardware that has them
     tf32: bool = True  # on a GPU, round the factors of float32 products to 10 bits; the dense energy's distances never are
-    channels_last: bool = False  # memory format of the weights; what these three gain is in 16_benchmarks
+    channels_last: bool = False  # memory format of the weights
+    cuda_graphs: bool = True  # on a GPU, record the passes for the multi-scale CAM once, as CUDA graphs, and replay them; what these four gain is in 16_benchmarks
     compile: bool = False  # encoder and decoder through torch.compile, while training
     accumulate: int = 1  # micro-batches per iteration
     num_workers: int = 4
@@ -240,15 +241,42 @@ def open_split(config: Config, split: str, masks: bool):
     "One split of a run's data, with masks or without."
     return data.load(shapes_root() if config.data_root is None else config.data_root, split, masks, config.tags, config.masks)
 
+# %% ../nbs/13_training.ipynb #26a-13-training
+class _Recorded:
+    "A network's `cam`, recorded as one CUDA graph for each size of image and replayed: one launch instead of hundreds. Sees new weights, because they change in place."
+    def __init__(self, net): self.net, self.pool, self.graphs = net, torch.cuda.graph_pool_handle(), {}
+
+    def cam(self, image, affinity=True):
+        key = image.shape, affinity
+        if key not in self.graphs: self.graphs[key] = self._record(image, affinity)
+        graph, held, result = self.graphs[key]
+        held.copy_(image)
+        graph.replay()
+        return tuple(r if r is None else r.clone() for r in result)  # the next replay writes over it
+
+    def _record(self, image, affinity):
+        held, own, precision = image.clone(), torch.cuda.Stream(), (torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"))
+        with torch.autocast("cuda", *precision, cache_enabled=False):  # the casts of the weights belong into the graph
+            own.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(own):
+                for _ in range(2): self.net.cam(held, affinity)  # what is made at a first call is not to be recorded
+            torch.cuda.current_stream().wait_stream(own)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool): result = self.net.cam(held, affinity)
+        return graph, held, result
+
 # %% ../nbs/13_training.ipynb #27-13-training
 class Labeller:
     "What a step needs besides the network: the refinement and the energy, made once."
     def __init__(self, config: Config):
-        self.config, self.par, self.energy = config, PAR(config.dilations, config.par_iters), DenseEnergyLoss()
+        self.config, self.par, self.energy, self.recorded = config, PAR(config.dilations, config.par_iters), DenseEnergyLoss(), None
 
     def __call__(self, cam_model, batch, cam, num_present, propagate: bool):
         "The label for the affinity, None where none is learned, and the one that supervises the segmentation, both (B,H,W), from the network's own maps; no gradient."
         c, image = self.config, batch["image"]
+        if image.is_cuda and c.cuda_graphs and not c.compile:
+            if self.recorded is None or self.recorded.net is not cam_model: self.recorded = _Recorded(cam_model)
+            cam_model = self.recorded
         with torch.no_grad():
             index, present = present_classes(batch["class_labels"], num_present)
             cams, affinity = multi_scale_cam(cam_model, image, c.cam_scales, first=cam, classes=index)

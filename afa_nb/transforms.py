@@ -6,6 +6,8 @@
 __all__ = ['MEAN', 'STD', 'normalize', 'denormalize', 'EvalTransform', 'sample_generator', 'TrainTransform', 'resize_bilinear']
 
 # %% ../nbs/02_transforms.ipynb #02-02-transforms
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
@@ -22,8 +24,12 @@ def normalize(image): # (…,3,H,W): uint8, or float in [0,1]
 
 def denormalize(image): # (…,3,H,W), what `normalize` gave
     "RGB in [0,1]: the inverse of `normalize`, for figures and for losses that look at colours."
-    mean, std = (torch.tensor(v, dtype=image.dtype, device=image.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = _mean_and_std(image.dtype, image.device)
     return (image*std + mean).clamp(0, 1)
+
+@lru_cache(maxsize=8)
+def _mean_and_std(dtype, device): # kept on the device: to bring them there anew would stop a GPU's queue
+    with torch.inference_mode(False): return [torch.tensor(v, dtype=dtype, device=device)[:, None, None] for v in (MEAN, STD)]
 
 # %% ../nbs/02_transforms.ipynb #10-02-transforms
 class EvalTransform:

@@ -549,7 +549,7 @@ GRIDS = dict(
               loader=[dict(crop=320, batch=2, workers=w, table=True) for w in (0, 1, 2)],
               demo=[_DEMO | dict(classes=7, phase=phase, table=True) for phase in _PHASES]),
     gpu=dict(par=[dict(batch=8), *(dict(batch=8, part=part, table=True) for part in ("kernel", "iterations")), *_vary(dict(), side=(128, 256, 512, 1024), classes=(3, 63), batch=(2, 4))],
-             energy=[dict(side=256, batch=8), *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4, 8))],
+             energy=[dict(side=256, batch=8), *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4))],
              cam=[dict(side=512, batch=8), dict(side=512, batch=8, precision="bf16", table=True)],
              step=[dict(crop=512, batch=8, energy=True, precision="bf16"),
                    *(dict(crop=512, batch=8, energy=True, precision=p, table=True) for p in ("fp32", "tf32")),

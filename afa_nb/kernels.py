@@ -65,7 +65,7 @@ def refine(kernel: torch.Tensor,  # κ (B,48,H,W), float32
            offsets,  # 48 pairs (dy,dx)
            num_iter: int) -> torch.Tensor:  # M_t (B,C,H,W)
     "Eq. 10, `num_iter` times, as `par.refine`. Takes the memory of three sets of masks. Raises `ValueError` for pictures of many millions of pixels."
-    (B, C), (H, W), offsets, (tile_h, tile_w) = masks.shape[:2], kernel.shape[-2:], tuple(offsets), (16, 32)
+    (B, C), (H, W), offsets, (tile_h, tile_w) = masks.shape[:2], kernel.shape[-2:], tuple(offsets), (16, 64)
     if max(len(offsets), C + 3) * H * W >= 2 ** 31: raise ValueError(f"{H}×{W} pixels with {len(offsets)} neighbours and {C} channels are more numbers than the kernel can count: refine at a lower resolution")
     if not num_iter: return masks if masks.shape[-2:] == (H, W) else F.interpolate(masks, (H, W), mode="bilinear", align_corners=True)
     parts = triton.cdiv(C, 24)  # of at most 24 channels: more would not fit into the registers
@@ -76,7 +76,7 @@ def refine(kernel: torch.Tensor,  # κ (B,48,H,W), float32
     with torch.cuda.device_of(masks):
         for t in reversed(range(num_iter)):
             _refine[triton.cdiv(H, tile_h) * triton.cdiv(W, tile_w), B, parts](kernel, masks, spare if t else result, table, C, H, W, len(offsets), groups, t > 0, tile_h, tile_w,
-                                                                                       num_warps=16, enable_fp_fusion=True)
+                                                                                       num_warps=32, enable_fp_fusion=True)
             masks, spare = spare, masks
     return result
 
@@ -91,24 +91,31 @@ def _cost(image, there, plane, centre, scale, colours: tl.constexpr, squared: tl
     return cost
 
 @triton.jit
+def _moment(total, mean, image, there, plane, share, order: tl.constexpr, colours: tl.constexpr):
+    "`total` and what one neighbour adds: to the mean of each colour, or for order 2 to the squared deviation from it."
+    more = ()
+    for c in tl.static_range(colours):
+        I = tl.load(image + c * plane + there)
+        more = more + (total[c] + share * (I if order == 1 else (I - mean[c]) * (I - mean[c])),)
+    return more
+
+@triton.jit
 def _weights(image, offsets, bias, kernel, H, W, w1, eps, centres, N, colours: tl.constexpr, squared: tl.constexpr, block: tl.constexpr):
     "κ of `block` pixels of one image."
     b, plane, pixel = tl.program_id(1).to(tl.int64), H * W, tl.program_id(0) * block + tl.arange(0, block)
     y, x, inside = pixel // W, pixel % W, pixel < plane
     image += b * colours * plane
     kernel += b * N * plane
-    centre, scale = (), ()
+    centre, mean = (), ()
     for c in tl.static_range(colours):
-        I = image + c * plane
-        own = tl.load(I + pixel, inside, 0.)
-        mean = centres * own
-        for n in range(N): mean += tl.load(I + _neighbour(offsets, n, N, y, x, H, W))
-        mean = mean / (N + centres)
-        squares = centres * (own - mean) * (own - mean)
-        for n in range(N):
-            difference = tl.load(I + _neighbour(offsets, n, N, y, x, H, W)) - mean
-            squares += difference * difference
-        centre, scale = centre + (own,), scale + (1 / (w1 * (tl.sqrt(squares / (N + centres - 1)) + eps)),)
+        centre = centre + (tl.load(image + c * plane + pixel, inside, 0.),)
+        mean = mean + (centre[c] * (centres / (N + centres)),)
+    for n in range(N): mean = _moment(mean, mean, image, _neighbour(offsets, n, N, y, x, H, W), plane, 1 / (N + centres), 1, colours)
+    squares = ()
+    for c in tl.static_range(colours): squares = squares + (centres * (centre[c] - mean[c]) * (centre[c] - mean[c]),)
+    for n in range(N): squares = _moment(squares, mean, image, _neighbour(offsets, n, N, y, x, H, W), plane, 1., 2, colours)
+    scale = ()
+    for c in tl.static_range(colours): scale = scale + (1 / (w1 * (tl.sqrt(squares[c] / (N + centres - 1)) + eps)),)
     least, total = tl.full((block,), float("inf"), tl.float32), tl.zeros((block,), tl.float32)
     for n in range(N):  # the softmax's sum, relative to the least cost so far
         cost = _cost(image, _neighbour(offsets, n, N, y, x, H, W), plane, centre, scale, colours, squared)
@@ -128,7 +135,7 @@ def neighbour_weights(image: torch.Tensor,  # (B,3,H,W), float32
                       bias: torch.Tensor | None = None,  # (48,1), added to the weights: PAR's w3·κ_pos
                      ) -> torch.Tensor:  # κ (B,48,H,W)
     "Eq. 8–9 for a whole batch."
-    (B, colours, H, W), N, block = image.shape, len(offsets), 128
+    (B, colours, H, W), N, block = image.shape, len(offsets), 256
     image, kernel = image.contiguous(), image.new_empty(B, N, H, W)
     bias = image.new_zeros(N) if bias is None else bias.to(image.device, non_blocking=True)
     with torch.cuda.device_of(image):  # products and sums stay apart: fused, the differences below of equal costs would not be 0, and costs can be large

@@ -1,0 +1,75 @@
+"The training step on a CUDA device. Skipped where there is none; the kernels are tested in nbs/17_kernels.ipynb, interpreted where they must be."
+import warnings
+
+import pytest
+import torch
+
+from afa_nb.cam import multi_scale_cam
+from afa_nb.model import AFANet
+from afa_nb.training import Labeller, _Recorded, parameter_groups, preset, training_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def network(config, device, classes=4):
+    torch.manual_seed(0)
+    net = AFANet(classes, config.backbone, config.pooling, config.stride, config.decoder_dim, drop_path=0.).to(device).train()
+    for m in net.modules():
+        if isinstance(m, torch.nn.Dropout2d): m.p = 0.
+    return net
+
+
+def batch(config, device):
+    generator = torch.Generator().manual_seed(0)
+    side = config.crop_size
+    image = torch.randn(2, 3, side, side, generator=generator)
+    made = dict(image=image, class_labels=torch.tensor([[1., 0, 0], [1., 1, 0]]), box=torch.tensor([[0, side, 0, side], [8, side - 8, 0, side]]))
+    return {k: v.to(device) for k, v in made.items()}
+
+
+@pytest.fixture
+def config():
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield preset("demo", crop_size=96, lambda_reg=.01, cam_iters=1, aff_iters=2)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def test_losses_are_the_cpus(config):
+    found = [training_step(network(config, device), Labeller(config), batch(config, device), 2, 2)[1] for device in ("cpu", "cuda")]
+    assert found[0].keys() == found[1].keys() == {"cls", "aff", "seg", "reg"}
+    for k in found[0]: assert abs(found[0][k].item() - found[1][k].item()) < 1e-3 * abs(found[0][k].item()), k
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recorded_passes_are_the_networks(config, precision):
+    net = network(config, "cuda")
+    recorded = _Recorded(net)
+    for _ in range(3):
+        image = torch.randn(2, 3, 96, 128, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16): found, expected = multi_scale_cam(recorded, image), multi_scale_cam(net, image)
+        for f, e in zip(found, expected): torch.testing.assert_close(f, e, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            for p in net.parameters(): p.mul_(1.01)  # what is recorded sees new weights
+    assert len(recorded.graphs) == 4
+
+
+def test_step_does_not_wait_for_the_device(config):
+    net, labeller, samples = network(config, "cuda"), Labeller(config), batch(config, "cuda")
+    optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=1e-5, fused=True)
+
+    def update(step):
+        with torch.autocast("cuda", torch.bfloat16): loss, _ = training_step(net, labeller, samples, 2, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for step in (0, 1, 2, 0, 1, 2): update(step)  # compiles, records, fills caches
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(3): update(step)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert not [w for w in caught if "called a synchronizing" in str(w.message)]

@@ -182,8 +182,8 @@ def test_crop_smaller_than_the_stride():
 
 
 def test_two_processes_learn_what_one_learns(root, tmp_path):
-    "The same samples in the same batches; only dropout and the order of sums differ."
-    settings = dict(eval_every=100, max_iters=6, cam_iters=3, aff_iters=4, log_every=1)
+    "The same samples in the same batches. Without stochastic depth the classifier learns the same up to the order of sums; the other losses are balanced, and the batch norm counts, within each process."
+    settings = dict(eval_every=100, max_iters=6, cam_iters=3, aff_iters=4, log_every=1, drop_path=0.)
     one, two = tmp_path / "one", tmp_path / "two"
     done = subprocess.run(command(root, one, **settings), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -195,6 +195,6 @@ def test_two_processes_learn_what_one_learns(root, tmp_path):
     assert len(list((two / "checkpoints").glob("step-*/random-*.pt"))) == 2 * len(list((two / "checkpoints").glob("step-*"))), "a random state from each of two processes"
     a, b = ([r for r in read_metrics(run) if r["kind"] == "train"] for run in (one, two))
     assert [r["step"] for r in a] == [r["step"] for r in b] == [1, 2, 3, 4, 5, 6]
-    assert a[0]["loss_cls"] == pytest.approx(b[0]["loss_cls"], rel=.1)
+    for x, y in zip(a[:4], b): assert x["loss_cls"] == pytest.approx(y["loss_cls"], rel=1e-3)
     assert len([r for r in read_metrics(two) if r["kind"] == "eval"]) == 1, "one row, not one per process"
     assert json.loads((two / "config.json").read_text())["batch_size"] == 4

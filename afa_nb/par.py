@@ -44,7 +44,7 @@ def refine(kernel: torch.Tensor,  # κ (B,48,H,W)
     "Eq. 10, `num_iter` times. Takes the memory of the neighbours' numbers (as much as κ) and of two sets of masks."
     fused = kernel.dtype == masks.dtype == torch.float32 and not masks.requires_grad
     if fused and (gpu := gpu_kernels(masks.device)): return gpu.refine(kernel, masks, offsets, num_iter)
-    masks = F.interpolate(masks, kernel.shape[-2:], mode="bilinear", align_corners=True) if masks.shape[-2:] != kernel.shape[-2:] else masks
+    if masks.shape[-2:] != kernel.shape[-2:]: masks = F.interpolate(masks, kernel.shape[-2:], mode="bilinear", align_corners=True)
     B, C, H, W = masks.shape
     index = neighbour_index(B, H, W, tuple(offsets), masks.device)
     kernel = kernel.permute(0, 2, 3, 1).reshape(index.shape)

@@ -91,7 +91,7 @@ class Config:
     precision: str = "fp32"  # "bf16" and "fp16" need hardware that has them
     tf32: bool = True  # on a GPU, round the factors of float32 products to 10 bits; the dense energy's distances never are
     channels_last: bool = False  # memory format of the weights
-    cuda_graphs: bool = True  # on a GPU, record the passes for the multi-scale CAM once, as CUDA graphs, and replay them; what these four gain is in 16_benchmarks
+    cuda_graphs: bool = False  # on a GPU, record the passes for the multi-scale CAM once, as CUDA graphs, and replay them; what these four gain is in 16_benchmarks
     compile: bool = False  # encoder and decoder through torch.compile, while training
     accumulate: int = 1  # micro-batches per iteration
     num_workers: int = 4
@@ -262,7 +262,7 @@ class _Recorded:
                 for _ in range(2): self.net.cam(held, affinity)  # what is made at a first call is not to be recorded
             torch.cuda.current_stream().wait_stream(own)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool): result = self.net.cam(held, affinity)
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"): result = self.net.cam(held, affinity)
         return graph, held, result
 
 # %% ../nbs/13_training.ipynb #27-13-training

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -281,7 +282,7 @@ def _whole_encoder(encoder, image):  # features of all stages, logits of all blo
         for block in stage.blocks:
             update, S = _stored_attention(block.attn, block.norm1(x), size)
             x = x + block.drop_path1(update)
-            x = x + block.drop_path2(block.mlp(block.norm2(x), size))
+            x = x + block.drop_path2(MlpWithDepthwiseConv.forward(block.mlp, block.norm2(x), size))
             logits.append(S)
         x = stage.norm(x).reshape(B, *size, -1).permute(0, 3, 1, 2).contiguous()
         features.append(x)
@@ -302,13 +303,21 @@ def _whole_network(net, image) -> dict:  # all of cls, seg, affinity, cam, atten
                 cls=net.classifier(topk_pool(features[-1], net.pooling)[:, :, None, None]).flatten(1), cam=class_activation(features[-1], net.classifier.weight))
 
 # %% ../nbs/16_benchmarks.ipynb #42-16-benchmarks
-def _network(device, backbone, classes, channels_last=False, **settings):
+def _network(device, backbone, classes, channels_last=False, drop_path=0., **settings):
     torch.manual_seed(0)
-    net = AFANet(classes, backbone, **settings).to(device)
+    net = AFANet(classes, backbone, drop_path=drop_path, **settings).to(device)
     for m in net.modules():
-        if hasattr(m, "drop_prob"): m.drop_prob = 0.
         if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d)): m.p = 0.
     return net.to(memory_format=torch.channels_last) if channels_last else net
+
+@contextlib.contextmanager
+def _nothing_left_out(net):
+    "Inside, stochastic depth leaves every branch in."
+    rates = {m: m.drop_prob for m in net.modules() if hasattr(m, "drop_prob")}
+    for m in rates: m.drop_prob = 0.
+    try: yield
+    finally:
+        for m, rate in rates.items(): m.drop_prob = rate
 
 # %% ../nbs/16_benchmarks.ipynb #45-16-benchmarks
 def _convolution_backward(gradient, image, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, out_shape=None):
@@ -457,7 +466,7 @@ def step_case(device, crop: int = 320, batch: int = 2, classes: int = 21, backbo
     "A whole step: losses, gradients, update of the weights."
     c = _step_config(preset_name, crop_size=crop, batch_size=batch, backbone=backbone, lambda_reg=.01 if energy else 0., compile=compiled, cuda_graphs=cuda_graphs)
     step, (samples, num_present) = _PHASES[phase](c), _batch(device, batch, crop, classes, data_root)
-    net = _network(device, backbone, classes, channels_last, stride=c.stride, decoder_dim=c.decoder_dim).train()
+    net = _network(device, backbone, classes, channels_last, c.drop_path, stride=c.stride, decoder_dim=c.decoder_dim).train()
     labeller, eager, released = Labeller(c), Labeller(replace(c, cuda_graphs=False)), _ReleasedStep(c, device)
     fused, plain = (torch.optim.AdamW(parameter_groups(net, c), lr=c.lr, fused=f) for f in (True, False))
     fast = dict(samples, image=samples["image"].to(memory_format=torch.channels_last)) if channels_last else samples
@@ -473,8 +482,9 @@ def step_case(device, crop: int = 320, batch: int = 2, classes: int = 21, backbo
         optimizer.step()
 
     def error(*_):
-        with _precision(device, "fp32"): expected = released(net, samples, step)[1]
-        return max(abs(v.item() - expected[k]) for k, v in ours()[1].items())
+        with _nothing_left_out(net):
+            with _precision(device, "fp32"): expected = released(net, samples, step)[1]
+            return max(abs(v.item() - expected[k]) for k, v in ours()[1].items())
 
     if compiled: update(fused, ours)  # now, so that nobody takes the compiler for the step
     without_graphs = lambda: update(fused, ours, eager)
@@ -660,7 +670,7 @@ def profile(device: torch.device, crop: int = 320, batch: int = 2, backbone: str
     c = _step_config(preset_name, crop_size=crop, batch_size=batch, backbone=backbone, lambda_reg=.01 if energy else 0.)
     dataset = data.voc(data_root or shapes_root(64, 4, 96 if preset_name == "demo" else 375), "train", masks=False)
     loader = iter(DataLoader(TrainSet(dataset, TrainTransform(crop, c.scale), 0), batch, sampler=RandomOrder(len(dataset), batch), num_workers=workers))
-    net = _network(device, backbone, len(dataset.classes), stride=c.stride, decoder_dim=c.decoder_dim).train()
+    net = _network(device, backbone, len(dataset.classes), drop_path=c.drop_path, stride=c.stride, decoder_dim=c.decoder_dim).train()
     optimizer, labeller, step = torch.optim.AdamW(parameter_groups(net, c), lr=c.lr, fused=True), Labeller(c), _PHASES[phase](c)
     with _watched(net, device) as watch:
         for i in range(steps + 2):

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.pvt_v2 import Block, MlpWithDepthwiseConv, PyramidVisionTransformerStage, PyramidVisionTransformerV2
+from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/04_encoder.ipynb #05-04-encoder
 VARIANTS = {
@@ -60,19 +61,70 @@ def attention_with_logits(attn: nn.Module,  # an attention module of timm's PVT 
 # %% ../nbs/04_encoder.ipynb #12a-04-encoder
 _ONEDNN = torch.backends.mkldnn.is_available()
 
-class _Linear(nn.Linear):
-    "`nn.Linear`, on a CPU and for many rows computed as a convolution of 1×1."
-    def forward(self, x):  # (…,in) → (…,out)
-        if not _ONEDNN or x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < 512 * x.shape[-1]: return super().forward(x)
-        y = F.conv2d(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+def _eager_cpu(x): return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-# %% ../nbs/04_encoder.ipynb #13-04-encoder
-def _block_with_logits(block, x, size, mix):
-    "One transformer block of timm's PVT v2, and its attention logits."
-    update, S = attention_with_logits(block.attn, block.norm1(x), mix)
-    x = x + block.drop_path1(update)
-    return x + block.drop_path2(block.mlp(block.norm2(x), size)), S
+def _product(x, weight, bias=None):  # (…,in), (out,in), (out,) → (…,out)
+    "`F.linear`, on a CPU and for many rows computed as a convolution of 1×1."
+    if not (_ONEDNN and _eager_cpu(x)) or x.numel() < 512 * x.shape[-1]: return F.linear(x, weight, bias)
+    y = F.conv2d(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias, dilation=2)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+class _Linear(nn.Linear):
+    "`nn.Linear` by `_product`."
+    def forward(self, x): return _product(x, self.weight, self.bias)
+
+# %% ../nbs/04_encoder.ipynb #12e-04-encoder
+class _Mlp(MlpWithDepthwiseConv):
+    "timm's; on a CPU and without gradient, many hidden values are made a part of the channels after the other, about 8 MB at a time."
+    def forward(self, x, size):  # tokens (B,N,C) of a grid `size`
+        if torch.is_grad_enabled() or not _eager_cpu(x): return super().forward(x, size)
+        W, b, depthwise, y = self.fc1.weight, self.fc1.bias, self.dwconv, self.fc2.bias
+        tokens = x.shape[:-1].numel()
+        step = len(W) if tokens * len(W) < 2 ** 22 else max(32, 2 ** 21 // tokens // 32 * 32)
+        for c in (slice(k, k + step) for k in range(0, len(W), step)):
+            hidden = _product(x, W[c], b[c]).mT.unflatten(2, size)
+            hidden = torch.ops.aten.gelu_(F.conv2d(hidden, depthwise.weight[c], depthwise.bias[c], padding=1, groups=hidden.shape[1]))
+            y = _product(hidden.flatten(2).mT, self.fc2.weight[:, c]).add_(y)
+        return y
+
+# %% ../nbs/04_encoder.ipynb #12h-04-encoder
+def _add(x, drop, branch):  # tokens (B,N,C), timm's `DropPath` or nothing, a function of tokens
+    "x + drop(branch(x)), with the branch computed only for the images that keep it."
+    rate = getattr(drop, "drop_prob", 0) if drop.training else 0
+    if not rate or not _eager_cpu(x): return x + drop(branch(x))
+    kept = x.new_empty(len(x)).bernoulli_(1 - rate).nonzero()[:, 0]
+    if len(kept) == len(x): return x.add(branch(x), alpha=1 / (1 - rate))
+    if not len(kept): return x + 0 * branch(x) if torch.is_grad_enabled() else x  # weights that nobody used learn from a gradient of zero, as with timm
+    return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=1 / (1 - rate))
+
+class _Block(Block):
+    "timm's, by `_add`."
+    def forward(self, x, size):
+        x = _add(x, self.drop_path1, lambda kept: self.attn(self.norm1(kept), size))
+        return _add(x, self.drop_path2, lambda kept: self.mlp(self.norm2(kept), size))
+
+    def with_logits(self, x, size, mix):
+        "Also its attention logits, which are wanted of every image."
+        update, S = attention_with_logits(self.attn, self.norm1(x), mix)
+        return _add(x + self.drop_path1(update), self.drop_path2, lambda kept: self.mlp(self.norm2(kept), size)), S
+
+# %% ../nbs/04_encoder.ipynb #12k-04-encoder
+class _Stage(PyramidVisionTransformerStage):
+    "timm's, whose maps on a CPU stay channels last."
+    def forward(self, x):  # maps (B,C,H,W) of the stage before; for the first stage (B,H,W,C)
+        x, size = self.tokens(x)
+        for block in self.blocks: x = checkpoint(block, x, size, use_reentrant=False) if self.grad_checkpointing else block(x, size)
+        return self.maps(x, size)
+
+    def tokens(self, x):
+        if self.downsample is not None: x = self.downsample(x)
+        return x.flatten(1, 2), x.shape[1:3]
+
+    def maps(self, x, size):
+        x = self.norm(x).unflatten(1, size).permute(0, 3, 1, 2)
+        return x if _eager_cpu(x) else x.contiguous()
+
+_FASTER = {nn.Linear: _Linear, MlpWithDepthwiseConv: _Mlp, Block: _Block, PyramidVisionTransformerStage: _Stage}
 
 # %% ../nbs/04_encoder.ipynb #14-04-encoder
 class MixTransformer(PyramidVisionTransformerV2):
@@ -91,7 +143,7 @@ class MixTransformer(PyramidVisionTransformerV2):
         if stride <= 16: self.stages[3].downsample.proj.stride = (1, 1)
         if stride <= 8: self.stages[2].downsample.proj.stride = (1, 1)
         for m in self.modules():
-            if type(m) is nn.Linear: m.__class__ = _Linear  # timm builds its own
+            m.__class__ = _FASTER.get(type(m), type(m))  # timm builds its own
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) float, normalised; H and W at least 29
@@ -112,14 +164,12 @@ class MixTransformer(PyramidVisionTransformerV2):
     def _last_stage(self, x, attention, mix):
         stage, logits = self.stages[-1], []
         weights = [None] * len(stage.blocks) if mix is None else [None] * (len(stage.blocks) - 2) + list(mix.view(-1, stage.blocks[-1].attn.num_heads))
-        x = stage.downsample(x)
-        B, *size, C = x.shape
-        x = x.flatten(1, 2)
+        x, size = stage.tokens(x)
         for i, block in enumerate(stage.blocks):
             if attention and i >= len(stage.blocks) - 2:
-                x, S = _block_with_logits(block, x, size, weights[i])
+                x, S = block.with_logits(x, size, weights[i])
                 logits.append(S)
             else: x = block(x, size)
-        x = stage.norm(x).view(B, *size, C).permute(0, 3, 1, 2).contiguous()
+        x = stage.maps(x, size)
         if not attention: return x, None
         return x, torch.cat(logits, 1) if mix is None else sum(logits[1:], logits[0])

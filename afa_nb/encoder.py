@@ -75,12 +75,12 @@ class _Linear(nn.Linear):
 
 # %% ../nbs/04_encoder.ipynb #12e-04-encoder
 class _Mlp(MlpWithDepthwiseConv):
-    "timm's; on a CPU and without gradient, many hidden values are made a part of the channels after the other, about 8 MB at a time."
+    "timm's; on a CPU and without gradient, the hidden values of many tokens are made a part of the channels after the other, about 8 MB at a time."
     def forward(self, x, size):  # tokens (B,N,C) of a grid `size`
         if torch.is_grad_enabled() or not _eager_cpu(x): return super().forward(x, size)
         W, b, depthwise, y = self.fc1.weight, self.fc1.bias, self.dwconv, self.fc2.bias
         tokens = x.shape[:-1].numel()
-        step = len(W) if tokens * len(W) < 2 ** 22 else max(32, 2 ** 21 // tokens // 32 * 32)
+        step = len(W) if tokens < 8192 else max(32, 2 ** 21 // tokens // 32 * 32)
         for c in (slice(k, k + step) for k in range(0, len(W), step)):
             hidden = _product(x, W[c], b[c]).mT.unflatten(2, size)
             hidden = torch.ops.aten.gelu_(F.conv2d(hidden, depthwise.weight[c], depthwise.bias[c], padding=1, groups=hidden.shape[1]))

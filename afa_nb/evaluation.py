@@ -140,28 +140,31 @@ def predict(
 # %% ../nbs/12_evaluation.ipynb #22-12-evaluation
 def dense_crf(
     image, # uint8 (H,W,3) or (3,H,W), RGB
-    prob, # float (C,H,W), probabilities over C at each pixel
+    prob, # float (C,H,W), probabilities over C at each pixel; or (S,C,H,W), several for the same picture
     num_iter=10, # mean-field iterations
     pos_std=3, # pixels
     pos_weight=3,
     bi_xy=64, # pixels
     bi_rgb=5, # grey levels, 0 to 255
     bi_weight=4,
-) -> np.ndarray: # float32 (C,H,W), probabilities
+) -> np.ndarray: # float32, of the shape of `prob`, probabilities
     "Probabilities refined by a dense CRF on the picture. Raises `ValueError` for wrong shapes or values, `ImportError` without pydensecrf."
     try: from pydensecrf.densecrf import DenseCRF2D
     except ImportError as e: raise ImportError("the dense CRF needs pydensecrf, which `pip install pydensecrf2` provides") from e
     image, prob = (x.numpy(force=True) if isinstance(x, torch.Tensor) else np.asarray(x) for x in (image, prob))
-    if prob.ndim != 3: raise ValueError(f"prob must be (C,H,W), got {prob.shape}")
-    C, H, W = prob.shape
+    if prob.ndim not in (3, 4): raise ValueError(f"prob must be (C,H,W) or (S,C,H,W), got {prob.shape}")
+    C, H, W = prob.shape[-3:]
     if image.shape == (3, H, W) != (H, W, 3): image = image.transpose(1, 2, 0)
     if image.shape != (H, W, 3) or image.dtype != np.uint8: raise ValueError(f"image must be uint8 ({H},{W},3) or (3,{H},{W}), got {image.dtype} {image.shape}")
-    if not (prob.min() >= 0 and np.abs(prob.sum(0) - 1).max() < 1e-2): raise ValueError("prob must be probabilities that sum to 1 over the classes: take the softmax of logits first")
+    if not (prob.min() >= 0 and np.abs(prob.sum(-3) - 1).max() < 1e-2): raise ValueError("prob must be probabilities that sum to 1 over the classes: take the softmax of logits first")
     crf = DenseCRF2D(W, H, C)
-    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(prob.clip(1e-5, 1)).reshape(C, -1), dtype=np.float32))
     crf.addPairwiseGaussian(sxy=pos_std, compat=pos_weight)
     crf.addPairwiseBilateral(sxy=bi_xy, srgb=bi_rgb, rgbim=np.ascontiguousarray(image), compat=bi_weight)
-    return np.array(crf.inference(num_iter), dtype=np.float32).reshape(C, H, W)
+    refined = []
+    for energy in -np.log(prob.clip(1e-5, 1)).reshape(-1, C, H * W):  # the kernels of the picture are made once
+        crf.setUnaryEnergy(np.ascontiguousarray(energy, dtype=np.float32))
+        refined.append(np.array(crf.inference(num_iter), dtype=np.float32))
+    return np.stack(refined).reshape(prob.shape)
 
 # %% ../nbs/12_evaluation.ipynb #29-12-evaluation
 def _usable_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -210,10 +213,11 @@ def dense_crf_pool(
         if pool: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/12_evaluation.ipynb #31b-12-evaluation
-def _refined_cam(image, cam, background, **options):
-    "One image, uint8 (3,H,W); the maps (M,H,W) of its tags; the background's score (H,W) or a number. Refined probabilities (M+1,H,W), background first."
-    prob = torch.cat([torch.as_tensor(background).float().cpu().expand(1, *image.shape[1:]), cam.float().cpu()]).clamp(min=1e-5)
-    return torch.from_numpy(dense_crf(image, prob / prob.sum(0), **options))
+def _refined_cam(image, cam, *backgrounds, **options):
+    "One image, uint8 (3,H,W); the maps (M,H,W) of its tags; scores of the background, each (H,W) or a number. For each of them refined probabilities (M+1,H,W), background first."
+    scores = [torch.as_tensor(b).float().cpu().expand(1, *image.shape[1:]) for b in backgrounds]
+    prob = torch.stack([torch.cat([score, cam.float().cpu()]) for score in scores]).clamp(min=1e-5)
+    return torch.from_numpy(dense_crf(image, prob / prob.sum(1, keepdim=True), **options))
 
 def _tags(class_labels): return [labels.nonzero()[:, 0] for labels in class_labels]
 
@@ -225,7 +229,7 @@ def crf_labels(
     **options, # of `dense_crf`
 ) -> torch.Tensor: # (B,H,W) long, on the CAM's device
     "The CAM refined by the dense CRF, as a label."
-    channels = [_refined_cam(i, c[tags], background, **options).argmax(0).to(cam.device) for i, c, tags in zip(image, cam, _tags(class_labels))]
+    channels = [_refined_cam(i, c[tags], background, **options)[0].argmax(0).to(cam.device) for i, c, tags in zip(image, cam, _tags(class_labels))]
     return torch.stack([torch.cat([tags.new_zeros(1), tags + 1])[channel] for channel, tags in zip(channels, _tags(class_labels))])
 
 # %% ../nbs/12_evaluation.ipynb #31d-12-evaluation
@@ -255,7 +259,7 @@ def reliable_labels(
             labels.append(torch.zeros(picture.shape[1:], dtype=torch.long, device=cam.device))
             continue
         low, high = ((1 - maps[tags].amax(0)) ** g for g in exponents)
-        foreground, background = (_refined_cam(picture, maps[tags], score, **options).to(cam.device) for score in (low, high))
+        foreground, background = _refined_cam(picture, maps[tags], low, high, **options).to(cam.device)
         channel, zero = foreground.argmax(0), background.argmax(0) == 0
         label = torch.cat([tags.new_zeros(1), tags + 1])[channel].masked_fill((channel == 0) & ~zero, 255).masked_fill(zero, 0)
         known = torch.maximum(background[0], foreground[1:].amax(0)) >= sure

@@ -448,7 +448,9 @@ def plot_sweeps(a: Ablation):  # a matplotlib figure
             if row.sweep[2]: ax.axvline(x, color="gray", linestyle=":", zorder=0)
         ax.set_xticks(range(len(rows)), [row.sweep[1] for row in rows], rotation=45 if max(len(row.sweep[1]) for row in rows) > 5 else 0)
         ax.set_title(name, fontsize=8)
-        ax.legend(fontsize=6, framealpha=.8, edgecolor="none")
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - .13 * (1 + len(columns)) * (high - low), high)  # room for the legend
+        ax.legend(fontsize=6, framealpha=.8, edgecolor="none", loc="lower center")
         _plain(ax)
         ax.tick_params(labelsize=7)
     return fig

@@ -480,10 +480,15 @@ def _accelerator(config):
     return Accelerator(mixed_precision={"fp32": "no"}.get(config.precision, config.precision), gradient_accumulation_steps=config.accumulate,
                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
+def _shared_statistics(net, accelerator):
+    "On several GPUs the decoder's batch norm counts the whole batch, as in the released code. On CPUs PyTorch does not know how."
+    several = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if several else net
+
 def _start(config, classes, accelerator, say, verbose):
     "The run's folder, network and optimiser as its newest checkpoint left them, and the step to go on with."
     with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
-        net = _arranged(build(config, classes, verbose), config)
+        net = _shared_statistics(_arranged(build(config, classes, verbose), config), accelerator)
         run_dir = open_run(config, classes)
     optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     net, optimizer = accelerator.prepare(net, optimizer)

@@ -643,7 +643,7 @@ class _Stopwatch:
 
 # %% ../nbs/16_benchmarks.ipynb #75-16-benchmarks
 _PARTS = {"multi-scale CAM": [(training, "multi_scale_cam")], "PAR: kernel": [(PAR, "kernel")], "PAR: iterations": [(par, "refine")], "random walk": [(pseudo_labels, "random_walk")],
-          "labels, the rest": [(training, "refined_labels"), (training, "propagated_labels")],
+          "labels, the rest": [(training, "refined_labels"), (training, "both_labels")],
           "losses": [(training, n) for n in ("affinity_labels", "affinity_loss", "classification_loss", "segmentation_loss")], "dense energy": [(DenseEnergyLoss, "forward")]}
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['present_classes', 'in_classes', 'half', 'refined_labels', 'refined_label', 'token_grid', 'propagated_labels',
-           'propagated_label']
+           'propagated_label', 'both_labels']
 
 # %% ../nbs/09_pseudo_labels.ipynb #02-09-pseudo-labels
 import torch
+import torch.nn.functional as F
 
 from .cam import background_softmax, box_mask
 from .random_walk import random_walk
@@ -112,12 +113,15 @@ def token_grid(num_tokens: int, height: int, width: int,  # tokens of the affini
     return h, w
 
 # %% ../nbs/09_pseudo_labels.ipynb #34-09-pseudo-labels
-@torch.no_grad()
-def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None):
+def _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present):
+    "As `_compete`, a step of the random walk later, at the size of the picture."
     grid = token_grid(affinity.shape[-1], *image.shape[-2:])
     maps, index = _compete(cam, class_labels, scores, grid, num_present)
-    maps = resize_bilinear(random_walk(maps, affinity, radius, alpha), image.shape[-2:])
-    return _decide(par, image, maps, index, scores, kernel)
+    return resize_bilinear(random_walk(maps, affinity, radius, alpha), image.shape[-2:]), index
+
+@torch.no_grad()
+def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None):
+    return _decide(par, image, *_walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present), scores, kernel)
 
 # %% ../nbs/09_pseudo_labels.ipynb #35-09-pseudo-labels
 def propagated_labels(par, image, cam,  # as in `refined_labels`
@@ -138,3 +142,17 @@ def propagated_label(par, image, cam, affinity, class_labels,  # as in `propagat
     "`propagated_labels` with one background score and nothing ignored, for evaluation. `par=None` leaves out the refinement."
     _check(image, cam, class_labels, background, background)
     return _propagated(par, image, cam, affinity, class_labels, (background,), radius, alpha, num_present)[0]
+
+# %% ../nbs/09_pseudo_labels.ipynb #x41b
+@torch.no_grad()
+def both_labels(par, image, cam, affinity, class_labels, low: float = .35, high: float = .55, box=None, radius: int = 8, alpha: float = 2,
+                num_present: int | None = None, kernel: torch.Tensor | None = None,  # all as in `propagated_labels`; `par` is not None
+               ) -> tuple[torch.Tensor, torch.Tensor]:  # both (B,H,W) long
+    "What `refined_labels` and `propagated_labels` give, in one go of PAR. Raises `ValueError` for inputs that do not belong together."
+    _check(image, cam, class_labels, low, high, box)
+    scores, size = (high, low), [side // 2 for side in image.shape[-2:]]
+    maps, index = _compete(cam, class_labels, scores, size, num_present)
+    walked, _ = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
+    walked = F.interpolate(walked, size, mode="bilinear", align_corners=True)  # as PAR itself would
+    labels = _decide(par, image, torch.cat([maps, walked], 1), index, scores + scores, kernel)
+    return _agree(*labels[:2], box), _agree(*labels[2:], box)

@@ -31,7 +31,7 @@ from .evaluation import LADDER, evaluate, peak_memory, reliable_labels
 from .losses import DenseEnergyLoss, classification_loss, segmentation_loss
 from .model import AFANet, find_weights, load_weights, pretrained
 from .par import PAR
-from .pseudo_labels import half, in_classes, present_classes, propagated_labels, refined_labels
+from .pseudo_labels import both_labels, half, in_classes, present_classes, refined_labels
 from .shapes import shapes_root
 from .transforms import TrainTransform, denormalize, resize_bilinear, sample_generator
 
@@ -283,10 +283,10 @@ class Labeller:
             if c.supervision == "cam": return None, in_classes(cam_to_label(cams, present, low=c.low, high=c.high, box=batch["box"]), index)
             if c.supervision == "rrm": return None, in_classes(reliable_labels((denormalize(image) * 255).byte(), cams, present, batch["box"]), index)
             shared = dict(low=c.low, high=c.high, box=batch["box"], num_present=num_present, kernel=self.par.kernel(half(image)))
+            if propagate and c.supervision == "afa":
+                return tuple(in_classes(label, index) for label in both_labels(self.par, image, cams, affinity, present, radius=c.radius, alpha=c.alpha, **shared))
             refined = in_classes(refined_labels(self.par, image, cams, present, **shared), index)
-            if c.supervision == "par": return None, refined
-            if not propagate: return refined, refined
-            return refined, in_classes(propagated_labels(self.par, image, cams, affinity, present, radius=c.radius, alpha=c.alpha, **shared), index)
+            return refined if c.supervision == "afa" else None, refined
 
 # %% ../nbs/13_training.ipynb #28-13-training
 def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: int) -> tuple:  # total loss, the losses by name
@@ -300,7 +300,7 @@ def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: 
     refined, target = labeller(getattr(net, "module", net), batch, cam, num_present, step >= c.aff_iters)
     losses = dict(cls=classification_loss(out.cls, labels))
     if refined is not None: losses["aff"] = affinity_loss(out.affinity, affinity_labels(refined, c.stride, c.radius))
-    seg = resize_bilinear(out.seg.float(), target.shape[-2:])
+    seg = resize_bilinear(out.seg.float().contiguous(), target.shape[-2:])
     losses["seg"] = segmentation_loss(seg, target)
     total = losses["cls"] + c.lambda_seg * losses["seg"]
     if "aff" in losses: total = total + c.lambda_aff * losses["aff"]

@@ -106,7 +106,7 @@ def network_of(a: Ablation, row: Row, seed: int) -> Config | None:
     return _named(replace(config, run_dir=str(Path(a.config.run_dir) / "network")), config.supervision)
 
 # %% ../nbs/18_ablations.ipynb #x96146006
-_AFTERWARDS = ("supervision", "aff_iters", "lambda_seg", "lambda_aff", "lambda_reg", "cam_scales", "low", "high", "background", "long_side", "radius", "alpha", "dilations", "par_iters")
+_AFTERWARDS = ("supervision", "aff_iters", "lambda_seg", "lambda_aff", "lambda_reg", "cam_scales", "low", "high", "background", "rrm_exponents", "long_side", "radius", "alpha", "dilations", "par_iters")
 
 def first_phase(config: Config) -> Config | None:
     "The run that `config` shares its first phase with, to be stopped after `cam_iters`; None if it has none, or nothing else."

@@ -78,6 +78,7 @@ class Config:
     low: float = .35  # β_l
     high: float = .55  # β_h
     background: float = .45  # of the evaluation
+    rrm_exponents: tuple = (4, 32)  # RRM's two background scores are (1 − the strongest CAM) to these powers
     long_side: int | None = 512  # to which multi-scale inference resizes; None: the image's own
     radius: int = 8  # in tokens
     alpha: float = 2.
@@ -174,6 +175,7 @@ def check(config: Config):
         (min(c.lambda_seg, c.lambda_aff, c.lambda_reg) >= 0, "the loss weights lambda_* must not be negative"),
         (0 <= c.low <= c.high <= 1, f"need 0 <= low <= high <= 1, not {c.low} and {c.high}"),
         (0 < c.background < 1, f"background must lie in (0,1), not {c.background}"),
+        (len(c.rrm_exponents) == 2 and min(c.rrm_exponents) > 0, f"rrm_exponents must be two positive numbers, not {c.rrm_exponents}"),
         (c.radius >= 1 and c.alpha > 0, f"radius must be at least 1 and alpha positive, not {c.radius} and {c.alpha}"),
         (c.precision in ("fp32", "bf16", "fp16"), f'precision must be "fp32", "bf16" or "fp16", not {c.precision!r}'),
         (c.precision != "fp16" or torch.cuda.is_available(), 'precision "fp16" needs a GPU; this machine has none: take "fp32" or "bf16"'),
@@ -281,7 +283,7 @@ class Labeller:
             index, present = present_classes(batch["class_labels"], num_present)
             cams, affinity = multi_scale_cam(cam_model, image, c.cam_scales, first=cam, classes=index)
             if c.supervision == "cam": return None, in_classes(cam_to_label(cams, present, low=c.low, high=c.high, box=batch["box"]), index)
-            if c.supervision == "rrm": return None, in_classes(reliable_labels((denormalize(image) * 255).byte(), cams, present, batch["box"]), index)
+            if c.supervision == "rrm": return None, in_classes(reliable_labels((denormalize(image) * 255).byte(), cams, present, batch["box"], c.rrm_exponents), index)
             shared = dict(low=c.low, high=c.high, box=batch["box"], num_present=num_present, kernel=self.par.kernel(half(image)))
             if propagate and c.supervision == "afa":
                 return tuple(in_classes(label, index) for label in both_labels(self.par, image, cams, affinity, present, radius=c.radius, alpha=c.alpha, **shared))

@@ -75,16 +75,16 @@ class _Linear(nn.Linear):
 
 # %% ../nbs/04_encoder.ipynb #12e-04-encoder
 class _Mlp(MlpWithDepthwiseConv):
-    "timm's; on a CPU and without gradient, the hidden values of many tokens are made a part of the channels after the other, about 8 MB at a time."
+    "timm's; on a CPU and without gradient, the hidden values of many tokens are made a part of the channels after the other, about 4 MB at a time."
     def forward(self, x, size):  # tokens (B,N,C) of a grid `size`
         if torch.is_grad_enabled() or not _eager_cpu(x): return super().forward(x, size)
         W, b, depthwise, y = self.fc1.weight, self.fc1.bias, self.dwconv, self.fc2.bias
         tokens = x.shape[:-1].numel()
-        step = len(W) if tokens < 8192 else max(32, 2 ** 21 // tokens // 32 * 32)
+        step = len(W) if tokens < 8192 else max(32, 2 ** 20 // tokens // 32 * 32)
         for c in (slice(k, k + step) for k in range(0, len(W), step)):
-            hidden = _product(x, W[c], b[c]).mT.unflatten(2, size)
+            hidden = _product(x, W[c], b[c]).unflatten(1, size).permute(0, 3, 1, 2)
             hidden = torch.ops.aten.gelu_(F.conv2d(hidden, depthwise.weight[c], depthwise.bias[c], padding=1, groups=hidden.shape[1]))
-            y = _product(hidden.flatten(2).mT, self.fc2.weight[:, c]).add_(y)
+            y = _product(hidden.permute(0, 2, 3, 1).flatten(1, 2), self.fc2.weight[:, c]).add_(y)
         return y
 
 # %% ../nbs/04_encoder.ipynb #12h-04-encoder
@@ -109,6 +109,12 @@ class _Block(Block):
         return _add(x + self.drop_path1(update), self.drop_path2, lambda kept: self.mlp(self.norm2(kept), size)), S
 
 # %% ../nbs/04_encoder.ipynb #12k-04-encoder
+class _Conv(nn.Conv2d):
+    "`nn.Conv2d`, on a CPU with the maps of a single picture marked as channels last where they are."
+    def forward(self, x):
+        if len(x) == 1 and _eager_cpu(x) and x.stride(1) == 1: x = x.squeeze(0).permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
+        return super().forward(x)
+
 class _Stage(PyramidVisionTransformerStage):
     "timm's, whose maps on a CPU stay channels last."
     def forward(self, x):  # maps (B,C,H,W) of the stage before; for the first stage (B,H,W,C)
@@ -124,7 +130,7 @@ class _Stage(PyramidVisionTransformerStage):
         x = self.norm(x).unflatten(1, size).permute(0, 3, 1, 2)
         return x if _eager_cpu(x) else x.contiguous()
 
-_FASTER = {nn.Linear: _Linear, MlpWithDepthwiseConv: _Mlp, Block: _Block, PyramidVisionTransformerStage: _Stage}
+_FASTER = {nn.Linear: _Linear, nn.Conv2d: _Conv, MlpWithDepthwiseConv: _Mlp, Block: _Block, PyramidVisionTransformerStage: _Stage}
 
 # %% ../nbs/04_encoder.ipynb #14-04-encoder
 class MixTransformer(PyramidVisionTransformerV2):

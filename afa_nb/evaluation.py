@@ -138,6 +138,11 @@ def predict(
     return (best, cls) if with_cls else best
 
 # %% ../nbs/12_evaluation.ipynb #22-12-evaluation
+def _crf_class():
+    try: from pydensecrf.densecrf import DenseCRF2D
+    except ImportError as e: raise ImportError("the dense CRF needs pydensecrf: pip install cython setuptools wheel && pip install --no-build-isolation pydensecrf2") from e
+    return DenseCRF2D
+
 def dense_crf(
     image, # uint8 (H,W,3) or (3,H,W), RGB
     prob, # float (C,H,W), probabilities over C at each pixel; or (S,C,H,W), several for the same picture
@@ -149,15 +154,14 @@ def dense_crf(
     bi_weight=4,
 ) -> np.ndarray: # float32, of the shape of `prob`, probabilities
     "Probabilities refined by a dense CRF on the picture. Raises `ValueError` for wrong shapes or values, `ImportError` without pydensecrf."
-    try: from pydensecrf.densecrf import DenseCRF2D
-    except ImportError as e: raise ImportError("the dense CRF needs pydensecrf, which `pip install pydensecrf2` provides") from e
+    CRF = _crf_class()
     image, prob = (x.numpy(force=True) if isinstance(x, torch.Tensor) else np.asarray(x) for x in (image, prob))
     if prob.ndim not in (3, 4): raise ValueError(f"prob must be (C,H,W) or (S,C,H,W), got {prob.shape}")
     C, H, W = prob.shape[-3:]
     if image.shape == (3, H, W) != (H, W, 3): image = image.transpose(1, 2, 0)
     if image.shape != (H, W, 3) or image.dtype != np.uint8: raise ValueError(f"image must be uint8 ({H},{W},3) or (3,{H},{W}), got {image.dtype} {image.shape}")
     if not (prob.min() >= 0 and np.abs(prob.sum(-3) - 1).max() < 1e-2): raise ValueError("prob must be probabilities that sum to 1 over the classes: take the softmax of logits first")
-    crf = DenseCRF2D(W, H, C)
+    crf = CRF(W, H, C)
     crf.addPairwiseGaussian(sxy=pos_std, compat=pos_weight)
     crf.addPairwiseBilateral(sxy=bi_xy, srgb=bi_rgb, rgbim=np.ascontiguousarray(image), compat=bi_weight)
     refined = []
@@ -295,6 +299,7 @@ def attention_affinity(
 def _check_rungs(rungs):
     unknown = [r for r in rungs if r not in LADDER + _EXTRA]
     if unknown or not rungs: raise ValueError(f"unknown rung {unknown[0]!r}; the rungs are {', '.join(LADDER + _EXTRA)}" if unknown else "give at least one rung")
+    if any(r.endswith("_crf") for r in rungs): _crf_class()
 
 def _true_affinity(mask, grid):
     "(B,H,W) → (B,N,N): 1 where the middle pixels of two tokens of the `grid` (h,w) have the same class."

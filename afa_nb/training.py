@@ -27,7 +27,7 @@ from .affinity import affinity_labels, affinity_loss
 from .cam import cam_to_label, multi_scale_cam
 from .data import atomic_write
 from .encoder import variant_of
-from .evaluation import LADDER, evaluate, peak_memory, reliable_labels
+from .evaluation import LADDER, _check_rungs, evaluate, peak_memory, reliable_labels
 from .losses import DenseEnergyLoss, classification_loss, segmentation_loss
 from .model import AFANet, find_weights, load_weights, pretrained
 from .par import PAR
@@ -519,6 +519,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     stop = config.max_iters if until is None else min(until, config.max_iters)
     batches = _batches(trainset, config, start, accelerator) if start < stop else None
     net.train()
+    if start < stop and ladder: _check_rungs(ladder)  # a rung without what it needs fails now and not after the training
     bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2, file=_Line() if live and main else None)
     for step in bar:
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.lr * group["ratio"], config.max_iters, config.warmup_iters)

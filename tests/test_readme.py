@@ -30,7 +30,7 @@ def test_names_every_notebook():
 
 def test_both_commands_set_up_alike():
     first, second = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)[:2]
-    assert first.splitlines()[0] == second.splitlines()[0]
+    assert first.splitlines()[:-1] == second.splitlines()[:-1]
     assert "papermill nbs/train_voc.ipynb out.ipynb" in first
     assert "nbdev_test" in second and "pytest" in second
 

@@ -115,6 +115,15 @@ def test_other_tags_change_training(root, whole, tmp_path):
     assert not same(weights(run), weights(whole))
 
 
+def test_missing_pydensecrf_is_said_before_training(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)  # as where it is not installed
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
+    with pytest.raises(ImportError, match="--no-build-isolation pydensecrf2"):
+        train(config, verbose=False)
+    run = train(config, verbose=False, ladder=("cam", "seg"))
+    assert {"cam", "seg"} <= set(read_metrics(run)[-1])
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
     step = training.training_step
 

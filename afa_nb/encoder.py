@@ -112,7 +112,7 @@ class _Block(Block):
 class _Conv(nn.Conv2d):
     "`nn.Conv2d`, on a CPU with the maps of a single picture marked as channels last where they are."
     def forward(self, x):
-        if len(x) == 1 and _eager_cpu(x) and x.stride(1) == 1: x = x.squeeze(0).permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
+        if _eager_cpu(x) and len(x) == 1 and x.stride(1) == 1: x = x.squeeze(0).permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
         return super().forward(x)
 
 class _Stage(PyramidVisionTransformerStage):

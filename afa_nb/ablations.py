@@ -37,7 +37,7 @@ from .figures import _Figure, ladder_grid, panels, show_heatmap, show_image
 from .par import PAMR, PAR
 from .pseudo_labels import propagated_labels, refined_label, token_grid
 from .random_walk import random_walk
-from .training import Config, Labeller, TrainSet, build, configure, device_name, evaluation_settings, load_run, newest_checkpoint, open_data, train, training_step
+from .training import Config, Labeller, TrainSet, build, configure, device_name, evaluation_settings, load_run, newest_checkpoint, open_data, resolve_precision, train, training_step
 from .transforms import TrainTransform, normalize, resize_bilinear
 
 # %% ../nbs/18_ablations.ipynb #05-18-ablations
@@ -229,6 +229,7 @@ def _phases_left(config: Config, shared: set) -> tuple[int, int]:
 def step_seconds(config: Config) -> tuple[float, float]:
     "Measured seconds of a step of the first and of the last phase, without the optimiser, and without the loader if it has processes of its own."
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = resolve_precision(config, torch.device(device))
     trainset, _ = open_data(config)
     net, labeller = build(config, trainset.classes, verbose=False).to(device).train(), Labeller(config)
     crops = TrainSet(trainset, TrainTransform(config.crop_size, config.scale, config.flip, config.color_jitter), config.seed, config.supervision == "mask")

@@ -88,16 +88,22 @@ def _resident() -> float | None:
     return peak_memory("cpu")
 
 # %% ../nbs/16_benchmarks.ipynb #14-16-benchmarks
-def _memory_in_fresh_process(*args):  # of `_memory_job`
-    from afa_nb.benchmarks import _memory_job as job  # the name under which a process finds it
+def _in_fresh_process(job: str, *args):  # the name of a function of this module
+    "What it gives. An error that cannot travel between processes arrives as a `RuntimeError` with its words."
+    from afa_nb import benchmarks  # under this name a process finds it
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver": context.set_forkserver_preload(["afa_nb.benchmarks"])
-    with _no_main(), ProcessPoolExecutor(1, mp_context=context) as pool: return pool.submit(job, *args).result()
+    with _no_main(), ProcessPoolExecutor(1, mp_context=context) as pool: return pool.submit(benchmarks._job, job, torch.get_num_threads(), *args).result()
 
-def _memory_job(name, settings, which, threads, data_root):
-    "The extra memory of one case, after a run of its smallest."
+def _job(job, threads, *args):
     torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try: return globals()[job](*args)
+    except RuntimeError as e: raise e if type(e) is RuntimeError else RuntimeError(f"{type(e).__name__}: {e}") from None
+
+def _memory(name, settings, which, data_root):
+    "The extra memory of one case, after a run of its smallest."
     case = lambda settings: getattr(CASES[name](torch.device("cpu"), **settings, data_root=data_root), which)
     case({k: v for k, v in GRIDS["small"][name][0].items() if k != "table"})()
     return extra_memory(case(settings), torch.device("cpu"))
@@ -461,6 +467,7 @@ def step_case(device, crop: int = 320, batch: int = 2, classes: int = 21, backbo
               phase: str = "propagated",  # or "refined" or "classification": the phase of the training
               energy: bool = False,  # with the regularisation
               precision: str = "fp32",  # or "tf32" or "bf16"
+              released_precision: str = "fp32",  # of the other side: "bf16" puts an autocast around it, which the released code does not have
               channels_last: bool = False, compiled: bool = False, cuda_graphs: bool = False,  # how ours runs
               preset_name: str = "voc", data_root=None) -> Case:
     "A whole step: losses, gradients, update of the weights."
@@ -474,6 +481,9 @@ def step_case(device, crop: int = 320, batch: int = 2, classes: int = 21, backbo
 
     def ours(labeller=labeller):
         with _precision(device, precision): return training_step(net, labeller, fast, num_present, step)
+
+    def theirs():
+        with torch.autocast(device.type, torch.bfloat16, enabled=released_precision == "bf16"): return released(net, samples, step)
 
     def update(optimizer, f, *args):
         total, _ = f(*args)
@@ -489,7 +499,7 @@ def step_case(device, crop: int = 320, batch: int = 2, classes: int = 21, backbo
     if compiled: update(fused, ours)  # now, so that nobody takes the compiler for the step
     without_graphs = lambda: update(fused, ours, eager)
     floor = None if compiled else _network_floor(without_graphs, precision)  # what is compiled or replayed cannot be counted
-    return Case(lambda: update(fused, ours), lambda: update(plain, released, net, samples, step), error, floor, batch, without_graphs)
+    return Case(lambda: update(fused, ours), lambda: update(plain, theirs), error, floor, batch, without_graphs)
 
 # %% ../nbs/16_benchmarks.ipynb #61-16-benchmarks
 @torch.no_grad()
@@ -554,7 +564,9 @@ GRIDS = dict(
                    *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4))],
               energy=[dict(), *_vary(dict(), side=(32, 96), classes=(3, 63), batch=(2, 4)), *_vary(dict(naive=False), side=(128, 160))],
               cam=[dict(), *_vary(dict(side=160), side=(160, 224), batch=(1, 4))],
-              step=[dict(), dict(precision="bf16", table=True), *(dict(way, naive=False, table=True) for way in (dict(channels_last=True), dict(compiled=True))), *_vary(dict(crop=160), crop=(160, 224), batch=(1, 4), classes=(63,))],
+              step=[dict(), *(dict(precision="bf16", released_precision=p, table=True) for p in ("fp32", "bf16")),
+                    *(dict(way, naive=False, table=True) for way in (dict(channels_last=True), dict(compiled=True))),
+                    *_vary(dict(crop=160), crop=(160, 224), batch=(1, 4), classes=(63,))],
               inference=[dict(batch=1), *_vary(dict(side=160, long_side=None), side=(160, 224, 320), batch=(1, 4))],
               loader=[dict(crop=320, batch=2, workers=w, table=True) for w in (0, 1, 2)],
               demo=[_DEMO | dict(classes=7, phase=phase, table=True) for phase in _PHASES]),
@@ -576,33 +588,35 @@ PROFILES = dict(small={"demo": _DEMO | dict(batch=2, steps=1)},
                 gpu={f"VOC recipe, MiT-B1, 8 crops of 512×512, {p}": dict(crop=512, batch=8, energy=True, precision=p, workers=8) for p in ("bf16", "fp32")})
 
 # %% ../nbs/16_benchmarks.ipynb #71-16-benchmarks
-def _extra_memory(case, name, settings, which, device, data_root):
-    if name == "loader": return None  # most of it is in other processes
-    if device.type != "cpu": return extra_memory(case.eager if which == "ours" and case.eager else getattr(case, which), device)
-    return _memory_in_fresh_process(name, settings, which, torch.get_num_threads(), data_root)
+def _compared(name, settings, compare, device, rates, data_root, budget, least):
+    "What can be said of one case in one process: times, error, floor, and on a GPU the memory."
+    case, row = CASES[name](device, **settings, data_root=data_root), {}
+    functions = {k: f for k, f in dict(ours=case.ours, naive=case.naive if compare else None).items() if f}
+    if "naive" in functions and device.type == "cuda":
+        try: functions["naive"]()
+        except torch.OutOfMemoryError: row["naive_failed"] = functions.pop("naive") and "out of memory"
+    times, results = alternate(functions, device, budget, least)
+    if case.error and "naive" in times: row["error"] = case.error(*results.values())
+    results.clear()
+    for k, t in times.items():
+        row[k] = dict(seconds=median(t), least=min(t), most=max(t), rounds=len(t), images_per_second=case.images / median(t), memory_mb=None)
+        if device.type != "cpu" and name != "loader": row[k]["memory_mb"] = extra_memory(case.eager if k == "ours" and case.eager else getattr(case, k), device)
+    if "naive" in row: row["faster"] = median(n / o for o, n in zip(times["ours"], times["naive"]))
+    if case.floor: row["floor_seconds"] = case.floor(rates)
+    return row
 
 def measure(name: str, settings: dict,  # a row of `GRIDS`
             device: torch.device, rates: dict, data_root: str | None = None,
             budget: float = 3.) -> dict:  # as in `alternate`
-    "Time, memory, error and floor of one case, in seconds and MiB."
+    "Time, memory, error and floor of one case, in seconds and MiB. On a CPU in processes of its own, so that nothing depends on what was measured before."
     table, compare = settings.get("table", False), settings.get("naive", True)
     settings = {k: v for k, v in settings.items() if k not in ("table", "naive")}
-    case = CASES[name](device, **settings, data_root=data_root)
-    functions = {k: f for k, f in dict(ours=case.ours, naive=case.naive if compare else None).items() if f}
-    row = dict(benchmark=name, table=table, settings=_all_settings(name, settings))
-    if "naive" in functions and device.type == "cuda":
-        try: functions["naive"]()
-        except torch.OutOfMemoryError: row["naive_failed"] = functions.pop("naive") and "out of memory"
-    times, results = alternate(functions, device, budget, least=3 if table else 2)
-    if case.error and "naive" in times: row["error"] = case.error(*results.values())
-    results.clear()
-    for k, t in times.items():
-        row[k] = dict(seconds=median(t), least=min(t), most=max(t), rounds=len(t), images_per_second=case.images / median(t),
-                      memory_mb=_extra_memory(case, name, settings, k, device, data_root))
-    if "naive" in row:
-        row["faster"] = median(n / o for o, n in zip(times["ours"], times["naive"]))
-        if row["ours"]["memory_mb"]: row["less_memory"] = row["naive"]["memory_mb"] / row["ours"]["memory_mb"]
-    if case.floor: row["floor_seconds"] = case.floor(rates)
+    args = name, settings, compare, device, rates, data_root, budget, 3 if table else 2
+    row = dict(benchmark=name, table=table, settings=_all_settings(name, settings)) | (_in_fresh_process("_compared", *args) if device.type == "cpu" else _compared(*args))
+    for side in ("ours", "naive"):
+        if side in row and device.type == "cpu" and name != "loader":  # most of its memory is in other processes
+            row[side]["memory_mb"] = _in_fresh_process("_memory", name, settings, side, data_root)
+    if "naive" in row and row["ours"]["memory_mb"]: row["less_memory"] = row["naive"]["memory_mb"] / row["ours"]["memory_mb"]
     return row
 
 def _all_settings(name, settings):
@@ -757,6 +771,7 @@ def describe(row: dict) -> str:
     if row["benchmark"] == "loader": words.append(f"{s['workers']} process{'es' * (s['workers'] != 1)}")
     if row["benchmark"] == "demo": words.append(s["phase"])
     words += [s["precision"]] if s.get("precision", "fp32") != "fp32" else []
+    words += ["released way in bf16 too"] if s.get("released_precision", "fp32") != "fp32" else []
     return ", ".join(words + [text for key, text in dict(energy="with regularisation", channels_last="channels last", compiled="compiled", cuda_graphs="CUDA graphs").items() if s.get(key)])
 
 def _cells(row: dict) -> list[str]:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SUPERVISION', 'PRESETS', 'Config', 'preset', 'configure', 'check', 'learning_rate', 'parameter_groups', 'RandomOrder',
            'TrainSet', 'open_data', 'open_split', 'Labeller', 'training_step', 'save_checkpoint', 'save_weights',
-           'newest_checkpoint', 'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'NotFinite',
-           'seed_everything', 'train', 'device_name', 'evaluation_settings', 'load_run', 'evaluate_run']
+           'newest_checkpoint', 'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'multiplies_bf16',
+           'resolve_precision', 'NotFinite', 'seed_everything', 'train', 'device_name', 'evaluation_settings',
+           'load_run', 'evaluate_run']
 
 # %% ../nbs/13_training.ipynb #02-13-training
 import hashlib, json, math, os, random, shutil, time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
@@ -89,7 +90,7 @@ class Config:
     eval_limit: int | None = 200  # images of val while training; the evaluation at the end takes all
     save_every: int = 1_000
     log_every: int = 50
-    precision: str = "fp32"  # "bf16" and "fp16" need hardware that has them
+    precision: str = "fp32"  # "bf16", "fp16" on a GPU, or "auto": bf16 where `multiplies_bf16`, else fp32
     tf32: bool = True  # on a GPU, round the factors of float32 products to 10 bits; the dense energy's distances never are
     channels_last: bool = False  # memory format of the weights
     cuda_graphs: bool = False  # on a GPU, record the passes for the multi-scale CAM once, as CUDA graphs, and replay them; what these four gain is in 16_benchmarks
@@ -109,12 +110,12 @@ SUPERVISION = dict(
 
 # %% ../nbs/13_training.ipynb #06-13-training
 PRESETS = dict(
-    voc={},
-    coco=dict(run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
+    voc=dict(precision="auto"),
+    coco=dict(precision="auto", run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
     demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=700, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., decoder_lr_ratio=4., norm_lr_ratio=1., lambda_aff=.3, lambda_reg=8., crop_size=96, scale=(1., 1.5), long_side=None,
               drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=175, eval_limit=40, save_every=70, log_every=20, num_workers=0),
-    own=dict(run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
+    own=dict(precision="auto", run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
 
 def preset(name: str,  # a row of `PRESETS`
@@ -177,8 +178,8 @@ def check(config: Config):
         (0 < c.background < 1, f"background must lie in (0,1), not {c.background}"),
         (len(c.rrm_exponents) == 2 and min(c.rrm_exponents) > 0, f"rrm_exponents must be two positive numbers, not {c.rrm_exponents}"),
         (c.radius >= 1 and c.alpha > 0, f"radius must be at least 1 and alpha positive, not {c.radius} and {c.alpha}"),
-        (c.precision in ("fp32", "bf16", "fp16"), f'precision must be "fp32", "bf16" or "fp16", not {c.precision!r}'),
-        (c.precision != "fp16" or torch.cuda.is_available(), 'precision "fp16" needs a GPU; this machine has none: take "fp32" or "bf16"'),
+        (c.precision in ("auto", "fp32", "bf16", "fp16"), f'precision must be "auto", "fp32", "bf16" or "fp16", not {c.precision!r}'),
+        (c.precision != "fp16" or torch.cuda.is_available(), 'precision "fp16" needs a GPU; this machine has none: take "auto", "fp32" or "bf16"'),
         (min(c.eval_every, c.save_every, c.log_every) >= 1, "eval_every, save_every and log_every must be at least 1"),
         (c.eval_limit is None or c.eval_limit >= 1, f"eval_limit must be at least 1 or None, not {c.eval_limit}"),
         (c.num_workers >= 0, f"num_workers must not be negative, not {c.num_workers}"),
@@ -385,13 +386,17 @@ def load_checkpoint(folder: Path, net, optimizer, accelerator) -> int:
 # %% ../nbs/13_training.ipynb #36-13-training
 _MAY_DIFFER = {"run_dir", "num_workers", "log_every", "save_every"}  # settings that do not change what is learned
 
+def _settings_before(path):
+    "What the run has begun with; nothing if it has not."
+    try: return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e: raise ValueError(f"{path} cannot be read ({e}): repair it or choose another run_dir") from e
+
 def open_run(config: Config, classes: list[str]) -> Path:
     "Makes the run's folder, or checks that the run in it has the same settings. Raises `ValueError` naming those that differ."
     run_dir, now = Path(config.run_dir), json.loads(json.dumps(asdict(config)))
     path = run_dir / "config.json"
-    if path.exists():
-        try: before = json.loads(json.dumps(asdict(Config()))) | json.loads(path.read_text())  # a setting that is younger than the run
-        except ValueError as e: raise ValueError(f"{path} cannot be read ({e}): repair it or choose another run_dir") from e
+    if before := _settings_before(path):
+        before = json.loads(json.dumps(asdict(Config()))) | before  # a setting that is younger than the run
         different = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k not in _MAY_DIFFER and before[k] != v]
         if different: raise ValueError(f"{run_dir} holds a run with other settings ({'; '.join(different)}). Choose another run_dir, or the same settings to continue it.")
     else:
@@ -434,6 +439,19 @@ def _arranged(net, config):
     if config.channels_last: net = net.to(memory_format=torch.channels_last)
     if config.compile: net.encoder.compile(dynamic=False), net.decoder.compile(dynamic=False)
     return net
+
+# %% ../nbs/13_training.ipynb #x50817724
+def multiplies_bf16(device: torch.device) -> bool:
+    "Whether the hardware multiplies in bf16: GPUs from Ampere on, processors with AVX512-BF16 or AMX. Where PyTorch is too old to tell, a processor counts as one that does not."
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+
+def resolve_precision(config: Config, device: torch.device) -> Config:
+    "`config` with \"auto\" decided: as the run in its folder has begun, else by `multiplies_bf16`. Raises `ValueError` if the folder's `config.json` cannot be read."
+    if config.precision != "auto": return config
+    before = _settings_before(Path(config.run_dir) / "config.json").get("precision")
+    return replace(config, precision=before or ("bf16" if multiplies_bf16(device) else "fp32"))
 
 # %% ../nbs/13_training.ipynb #39-13-training
 class NotFinite(RuntimeError): "A loss became NaN or infinite; the checkpoints written before are good."
@@ -508,8 +526,10 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
          ) -> Path:
     "Trains, evaluates and gives the run's folder with `config.json`, `metrics.jsonl`, `checkpoints/` and `best/`. The same call again continues an unfinished run."
     check(config)
+    config = resolve_precision(config, PartialState().device)
     accelerator = _accelerator(config)
     main, say = accelerator.is_main_process, accelerator.print if verbose else (lambda *a: None)
+    say(f"Precision: {config.precision}")
     if config.supervision == "mask": accelerator.print(SUPERVISION["mask"])
     trainset, valset = open_data(config)
     for problem in data.problems(trainset): say(problem)

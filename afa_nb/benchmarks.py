@@ -11,6 +11,7 @@ __all__ = ['CASES', 'GRIDS', 'PROFILES', 'alternate', 'extra_memory', 'machine_r
 import argparse, contextlib, gc, inspect, json, math, multiprocessing, os, platform, re, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -46,6 +47,7 @@ def _seconds(f, device) -> tuple:  # the time of one call, its result
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 3e3, result
+    if device.type == "cpu": time.sleep(.01)  # threads of the side before may still spin
     start = time.perf_counter()
     result = f()
     return time.perf_counter() - start, result
@@ -54,16 +56,17 @@ def _seconds(f, device) -> tuple:  # the time of one call, its result
 def alternate(functions: dict,  # name → function without arguments
               device: torch.device,
               budget: float = 5.,  # stop after so many seconds …
-              least: int = 3, most: int = 50) -> tuple[dict, dict]:  # … but not before or after so many rounds: name → seconds of each; name → the last result
+              least: int = 3, most: int = 50,  # … but not before or after so many rounds
+              clock=None,  # function and device → seconds of one call, its result; None: what is said above
+             ) -> tuple[dict, dict]:  # name → seconds of each round; name → the last result
     "Times functions in turns."
-    began, results = time.perf_counter(), {}
-    times = {name: [_seconds(f, device)[0]] for name, f in functions.items()}
-    if device.type != "cpu" or max(t[0] for t in times.values()) < 2:  # a call that takes seconds on a CPU needs no warming up
-        for f in functions.values(): f()
-        times, began = {name: [] for name in functions}, time.perf_counter()
+    clock, results = clock or _seconds, {}
+    for f in functions.values():
+        if clock(f, device)[0] < .5: clock(f, device)  # warm
+    times, began = {name: [] for name in functions}, time.perf_counter()
     while True:
         for name, f in functions.items():
-            seconds, results[name] = _seconds(f, device)
+            seconds, results[name] = clock(f, device)
             times[name].append(seconds)
         done = len(times[name])
         if done >= most or done >= least and time.perf_counter() - began > budget: return times, results
@@ -88,25 +91,37 @@ def _resident() -> float | None:
     return peak_memory("cpu")
 
 # %% ../nbs/16_benchmarks.ipynb #14-16-benchmarks
-def _in_fresh_process(job: str, *args):  # the name of a function of this module
-    "What it gives. An error that cannot travel between processes arrives as a `RuntimeError` with its words."
+@contextlib.contextmanager
+def _fresh_process():
+    "A function of a job's name and arguments that lets one and the same process do it. An error that cannot travel between processes arrives as a `RuntimeError` with its words."
     from afa_nb import benchmarks  # under this name a process finds it
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver": context.set_forkserver_preload(["afa_nb.benchmarks"])
-    with _no_main(), ProcessPoolExecutor(1, mp_context=context) as pool: return pool.submit(benchmarks._job, job, torch.get_num_threads(), *args).result()
+    with _no_main(), ProcessPoolExecutor(1, mp_context=context) as pool: yield lambda job, *args: pool.submit(benchmarks._do, job, torch.get_num_threads(), *args).result()
 
-def _job(job, threads, *args):
+def _do(job, threads, *args):
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     try: return globals()[job](*args)
     except RuntimeError as e: raise e if type(e) is RuntimeError else RuntimeError(f"{type(e).__name__}: {e}") from None
 
-def _memory(name, settings, which, data_root):
+@lru_cache(maxsize=1)
+def _case(name, settings, data_root):  # `settings` as pairs
+    "This process's case."
+    torch.manual_seed(0)
+    return CASES[name](torch.device("cpu"), **dict(settings), data_root=data_root)
+
+def _time_job(side, *case): return _seconds(getattr(_case(*case), side), torch.device("cpu"))[0]
+
+def _memory_job(side, name, settings, data_root):
     "The extra memory of one case, after a run of its smallest."
-    case = lambda settings: getattr(CASES[name](torch.device("cpu"), **settings, data_root=data_root), which)
-    case({k: v for k, v in GRIDS["small"][name][0].items() if k != "table"})()
-    return extra_memory(case(settings), torch.device("cpu"))
+    smallest = {k: v for k, v in GRIDS["small"][name][0].items() if k != "table"}
+    getattr(_case(name, tuple(smallest.items()), data_root), side)()
+    return extra_memory(getattr(_case(name, settings, data_root), side), torch.device("cpu"))
+
+def _facts_job(compare, rates, *case):  # error, floor, images in one call
+    c = _case(*case)
+    return c.error(c.ours(), c.naive()) if compare and c.error else None, c.floor(rates) if c.floor else None, c.images
 
 # %% ../nbs/16_benchmarks.ipynb #17-16-benchmarks
 def _best(f, device, repeats=7): return min(_seconds(f, device)[0] for _ in range(repeats))
@@ -548,6 +563,7 @@ def loader_case(device, crop: int = 512, batch: int = 8,
 
 # %% ../nbs/16_benchmarks.ipynb #68-16-benchmarks
 CASES = dict(par=par_case, energy=energy_case, cam=cam_case, step=step_case, inference=inference_case, loader=loader_case, demo=step_case)
+_ALONE = {"loader"}  # the released way reads files no other way
 _DEMO = dict(preset_name="demo", backbone="mit_tiny", crop=96, batch=16)
 
 def _vary(base, **values): return [base | {k: v} for k, vs in values.items() for v in vs]
@@ -588,36 +604,47 @@ PROFILES = dict(small={"demo": _DEMO | dict(batch=2, steps=1)},
                 gpu={f"VOC recipe, MiT-B1, 8 crops of 512×512, {p}": dict(crop=512, batch=8, energy=True, precision=p, workers=8) for p in ("bf16", "fp32")})
 
 # %% ../nbs/16_benchmarks.ipynb #71-16-benchmarks
-def _compared(name, settings, compare, device, rates, data_root, budget, least):
-    "What can be said of one case in one process: times, error, floor, and on a GPU the memory."
-    case, row = CASES[name](device, **settings, data_root=data_root), {}
-    functions = {k: f for k, f in dict(ours=case.ours, naive=case.naive if compare else None).items() if f}
-    if "naive" in functions and device.type == "cuda":
-        try: functions["naive"]()
-        except torch.OutOfMemoryError: row["naive_failed"] = functions.pop("naive") and "out of memory"
+def _on_cpu(name, settings, compare, device, rates, data_root, budget, least):
+    "Times, memory, error, floor and images of a case. Each side has a process, and one more for its memory."
+    case, sides = (name, tuple(settings.items()), data_root), ["ours", "naive"][:1 + compare]
+    with contextlib.ExitStack() as stack:
+        call = {side: stack.enter_context(_fresh_process()) for side in sides}
+        times, _ = alternate({side: side for side in sides}, device, budget, least, clock=lambda side, _: (call[side]("_time_job", side, *case), None))
+        facts = call["ours"]("_facts_job", compare, rates, *case)
+    memory = {}
+    for side in sides if name != "loader" else ():  # most of its memory is in other processes
+        with _fresh_process() as call: memory[side] = call("_memory_job", side, *case)
+    return times, memory, *facts
+
+def _on_gpu(name, settings, compare, device, rates, data_root, budget, least):
+    "The same, in this process."
+    case, memory = CASES[name](device, **settings, data_root=data_root), {}
+    functions = dict(ours=case.ours) | (dict(naive=case.naive) if compare else {})
+    if compare:
+        try: case.naive()
+        except torch.OutOfMemoryError: functions.pop("naive")
     times, results = alternate(functions, device, budget, least)
-    if case.error and "naive" in times: row["error"] = case.error(*results.values())
+    error = case.error(*results.values()) if case.error and len(results) == 2 else None
     results.clear()
-    for k, t in times.items():
-        row[k] = dict(seconds=median(t), least=min(t), most=max(t), rounds=len(t), images_per_second=case.images / median(t), memory_mb=None)
-        if device.type != "cpu" and name != "loader": row[k]["memory_mb"] = extra_memory(case.eager if k == "ours" and case.eager else getattr(case, k), device)
-    if "naive" in row: row["faster"] = median(n / o for o, n in zip(times["ours"], times["naive"]))
-    if case.floor: row["floor_seconds"] = case.floor(rates)
-    return row
+    for side in times if name != "loader" else (): memory[side] = extra_memory(case.eager if side == "ours" and case.eager else functions[side], device)
+    return times, memory, error, case.floor(rates) if case.floor else None, case.images
 
 def measure(name: str, settings: dict,  # a row of `GRIDS`
             device: torch.device, rates: dict, data_root: str | None = None,
             budget: float = 3.) -> dict:  # as in `alternate`
-    "Time, memory, error and floor of one case, in seconds and MiB. On a CPU in processes of its own, so that nothing depends on what was measured before."
-    table, compare = settings.get("table", False), settings.get("naive", True)
+    "Time, memory, error and floor of one case, in seconds and MiB."
+    table, compare = settings.get("table", False), settings.get("naive", True) and name not in _ALONE
     settings = {k: v for k, v in settings.items() if k not in ("table", "naive")}
-    args = name, settings, compare, device, rates, data_root, budget, 3 if table else 2
-    row = dict(benchmark=name, table=table, settings=_all_settings(name, settings)) | (_in_fresh_process("_compared", *args) if device.type == "cpu" else _compared(*args))
-    for side in ("ours", "naive"):
-        if side in row and device.type == "cpu" and name != "loader":  # most of its memory is in other processes
-            row[side]["memory_mb"] = _in_fresh_process("_memory", name, settings, side, data_root)
-    if "naive" in row and row["ours"]["memory_mb"]: row["less_memory"] = row["naive"]["memory_mb"] / row["ours"]["memory_mb"]
-    return row
+    row = dict(benchmark=name, table=table, settings=_all_settings(name, settings))
+    compared = _on_cpu if device.type == "cpu" else _on_gpu
+    times, memory, error, floor, images = compared(name, settings, compare, device, rates, data_root, budget, 5 if table else 2)
+    for side, t in times.items():
+        row[side] = dict(seconds=median(t), least=min(t), most=max(t), rounds=len(t), images_per_second=images / median(t), memory_mb=memory.get(side))
+    if "naive" in row:
+        row["faster"] = median(n / o for o, n in zip(times["ours"], times["naive"]))
+        if row["ours"]["memory_mb"]: row["less_memory"] = row["naive"]["memory_mb"] / row["ours"]["memory_mb"]
+    elif compare: row["naive_failed"] = "out of memory"
+    return row | {k: v for k, v in dict(error=error, floor_seconds=floor).items() if v is not None}
 
 def _all_settings(name, settings):
     "With the defaults of the case."
@@ -746,7 +773,7 @@ def run(device: torch.device, sizes: str = "full",  # a key of `GRIDS`
     for name in only or CASES:
         for i, settings in enumerate(GRIDS[sizes][name]):
             settings = settings | dict(table=settings.get("table", i == 0))
-            try: row = measure(name, settings, device, rates, data_root, budget=.2 if sizes == "small" else 3. if device.type == "cpu" else 1.)
+            try: row = measure(name, settings, device, rates, data_root, budget=.2 if sizes == "small" else 1. if device.type != "cpu" else 10. if settings["table"] else 3.)
             except RuntimeError as e: row = dict(benchmark=name, table=settings.pop("table"), settings=settings, failed=f"{type(e).__name__}: {str(e).splitlines()[0][:200]}")
             report["rows"].append(row)
             say(" | ".join(_cells(row)))

@@ -47,10 +47,11 @@ def _seconds(f, device) -> tuple:  # the time of one call, its result
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 3e3, result
-    if device.type == "cpu": time.sleep(.01)  # threads of the side before may still spin
-    start = time.perf_counter()
-    result = f()
-    return time.perf_counter() - start, result
+    for _ in range(2):
+        start = time.perf_counter()
+        result = f()
+        if (seconds := time.perf_counter() - start) > 2: break  # else once more, now that the processor is awake
+    return seconds, result
 
 # %% ../nbs/16_benchmarks.ipynb #09-16-benchmarks
 def alternate(functions: dict,  # name → function without arguments
@@ -61,8 +62,7 @@ def alternate(functions: dict,  # name → function without arguments
              ) -> tuple[dict, dict]:  # name → seconds of each round; name → the last result
     "Times functions in turns."
     clock, results = clock or _seconds, {}
-    for f in functions.values():
-        if clock(f, device)[0] < .5: clock(f, device)  # warm
+    for f in functions.values(): clock(f, device)  # warm
     times, began = {name: [] for name in functions}, time.perf_counter()
     while True:
         for name, f in functions.items():

@@ -124,6 +124,17 @@ def test_missing_pydensecrf_is_said_before_training(root, tmp_path, monkeypatch)
     assert {"cam", "seg"} <= set(read_metrics(run)[-1])
 
 
+def test_a_run_keeps_the_precision_it_has_begun_with(root, tmp_path, monkeypatch):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), precision="auto", **SHORT)
+    monkeypatch.setattr(training, "multiplies_bf16", lambda device: True)
+    train(config, verbose=False, until=3)
+    monkeypatch.setattr(training, "multiplies_bf16", lambda device: False)  # another machine
+    train(config, verbose=False, ladder=())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bf16"
+    with pytest.raises(ValueError, match="precision was 'bf16', now 'fp32'"):
+        train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), precision="fp32", **SHORT), verbose=False)
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
     step = training.training_step
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -526,7 +526,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
          ) -> Path:
     "Trains, evaluates and gives the run's folder with `config.json`, `metrics.jsonl`, `checkpoints/` and `best/`. The same call again continues an unfinished run."
     check(config)
-    config = resolve_precision(config, PartialState().device)
+    config = resolve_precision(config, PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
     accelerator = _accelerator(config)
     main, say = accelerator.is_main_process, accelerator.print if verbose else (lambda *a: None)
     say(f"Precision: {config.precision}")

@@ -563,7 +563,6 @@ def loader_case(device, crop: int = 512, batch: int = 8,
 
 # %% ../nbs/16_benchmarks.ipynb #68-16-benchmarks
 CASES = dict(par=par_case, energy=energy_case, cam=cam_case, step=step_case, inference=inference_case, loader=loader_case, demo=step_case)
-_ALONE = {"loader"}  # the released way reads files no other way
 _DEMO = dict(preset_name="demo", backbone="mit_tiny", crop=96, batch=16)
 
 def _vary(base, **values): return [base | {k: v} for k, vs in values.items() for v in vs]
@@ -574,7 +573,7 @@ GRIDS = dict(
                cam=[dict(side=64, backbone="mit_tiny")],
                step=[dict(crop=64, backbone="mit_tiny"), dict(crop=96, backbone="mit_tiny")],
                inference=[dict(side=64, backbone="mit_tiny", long_side=None)],
-               loader=[dict(crop=64, batch=2, workers=0, batches=2)],
+               loader=[dict(crop=64, batch=2, workers=0, batches=2, naive=False)],
                demo=[_DEMO | dict(batch=2, classes=7, phase=phase, table=True) for phase in _PHASES]),
     full=dict(par=[dict(), dict(side=256, classes=3, table=True), *(dict(side=128, part=part, table=True) for part in ("kernel", "iterations")),
                    *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4))],
@@ -584,7 +583,7 @@ GRIDS = dict(
                     *(dict(way, naive=False, table=True) for way in (dict(channels_last=True), dict(compiled=True))),
                     *_vary(dict(crop=160), crop=(160, 224), batch=(1, 4), classes=(63,))],
               inference=[dict(batch=1), *_vary(dict(side=160, long_side=None), side=(160, 224, 320), batch=(1, 4))],
-              loader=[dict(crop=320, batch=2, workers=w, table=True) for w in (0, 1, 2)],
+              loader=[dict(crop=320, batch=2, workers=w, naive=False, table=True) for w in (0, 1, 2)],
               demo=[_DEMO | dict(classes=7, phase=phase, table=True) for phase in _PHASES]),
     gpu=dict(par=[dict(batch=8), *(dict(batch=8, part=part, table=True) for part in ("kernel", "iterations")), *_vary(dict(), side=(128, 256, 512, 1024), classes=(3, 63), batch=(2, 4))],
              energy=[dict(side=256, batch=8), *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4))],
@@ -595,7 +594,7 @@ GRIDS = dict(
                      for way in (dict(cuda_graphs=True), dict(channels_last=True), dict(compiled=True))),
                    *_vary(dict(crop=256, batch=8, precision="bf16"), crop=(128, 256, 384), batch=(2, 4, 16))],
              inference=[dict(side=512, batch=8), dict(side=512, batch=8, precision="bf16", table=True)],
-             loader=[dict(workers=w, table=True) for w in (0, 2, 8, 16)],
+             loader=[dict(workers=w, naive=False, table=True) for w in (0, 2, 8, 16)],
              demo=[_DEMO | dict(classes=7, phase=phase, table=True) for phase in _PHASES]))
 
 # %% ../nbs/16_benchmarks.ipynb #69-16-benchmarks
@@ -633,7 +632,7 @@ def measure(name: str, settings: dict,  # a row of `GRIDS`
             device: torch.device, rates: dict, data_root: str | None = None,
             budget: float = 3.) -> dict:  # as in `alternate`
     "Time, memory, error and floor of one case, in seconds and MiB."
-    table, compare = settings.get("table", False), settings.get("naive", True) and name not in _ALONE
+    table, compare = settings.get("table", False), settings.get("naive", True)
     settings = {k: v for k, v in settings.items() if k not in ("table", "naive")}
     row = dict(benchmark=name, table=table, settings=_all_settings(name, settings))
     compared = _on_cpu if device.type == "cpu" else _on_gpu

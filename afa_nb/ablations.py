@@ -37,7 +37,7 @@ from .figures import _Figure, ladder_grid, panels, show_heatmap, show_image
 from .par import PAMR, PAR
 from .pseudo_labels import propagated_labels, refined_label, token_grid
 from .random_walk import random_walk
-from .training import Config, Labeller, TrainSet, build, configure, device_name, evaluation_settings, load_run, newest_checkpoint, open_data, resolve_precision, train, training_step
+from .training import Config, Labeller, TrainSet, build, configure, device_name, evaluation_settings, load_run, newest_checkpoint, on_device, open_data, resolve_precision, train, training_step
 from .transforms import TrainTransform, normalize, resize_bilinear
 
 # %% ../nbs/18_ablations.ipynb #05-18-ablations
@@ -240,7 +240,7 @@ def step_seconds(config: Config) -> tuple[float, float]:
             start = time.perf_counter()
             if not config.num_workers: ready = batch()
             with torch.autocast(device, torch.bfloat16, enabled=config.precision != "fp32"):
-                loss, _ = training_step(net, labeller, {k: v.to(device) for k, v in ready.items()}, int(ready["class_labels"].sum(1).max()), step)
+                loss, _ = training_step(net, labeller, on_device(ready, device), int(ready["class_labels"].sum(1).max()), step)
             loss.backward()
             loss.item()  # waits for a GPU
         return config.accumulate * (time.perf_counter() - start)

@@ -145,15 +145,19 @@ def _exponentials(device):
 
 # %% ../nbs/16_benchmarks.ipynb #18-16-benchmarks
 @contextlib.contextmanager
-def _precision(device, precision):  # "fp32", "tf32" or "bf16"
-    "Computes inside with this precision: tf32 rounds the factors of float32 products on a GPU, bf16 is autocast."
-    if precision not in ("fp32", "tf32", "bf16"): raise ValueError(f'precision must be "fp32", "tf32" or "bf16", not {precision!r}')
+def _rounding(device, precision):  # "fp32", "tf32" or "bf16"; None: PyTorch's own
+    "Whether float32 products on a GPU round their factors to tf32 inside: not for fp32. Backward passes belong inside too."
+    if precision not in ("fp32", "tf32", "bf16", None): raise ValueError(f'precision must be "fp32", "tf32" or "bf16", not {precision!r}')
     if precision == "tf32" and device.type != "cuda": raise ValueError("tf32 needs a GPU")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): yield
+    if precision: torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    try: yield
     finally: torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+@contextlib.contextmanager
+def _precision(device, precision):
+    "Computes inside with this precision: tf32 rounds the factors of float32 products on a GPU, bf16 is autocast."
+    with _rounding(device, precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): yield
 
 # %% ../nbs/16_benchmarks.ipynb #19-16-benchmarks
 try: import triton, triton.language as tl  # come with torch for GPUs
@@ -372,7 +376,14 @@ def cam_case(device, side: int = 320, classes: int = 21, batch: int = 2, backbon
     def ours():
         with _precision(device, precision): return multi_scale_cam(net, image, scales)
 
-    return Case(ours, lambda: _whole_cam(net, image, scales), lambda a, b: max((x.float() - y.float()).abs().max().item() for x, y in zip(a, b)), _network_floor(ours, precision), batch)
+    def naive(): return _whole_cam(net, image, scales)
+
+    def error(found, expected):
+        if device.type == "cuda":  # PyTorch's own rounding is tf32 in convolutions
+            with _precision(device, "fp32"): expected = naive()
+        return max((x.float() - y.float()).abs().max().item() for x, y in zip(found, expected))
+
+    return Case(ours, naive, error, _network_floor(ours, precision), batch)
 
 # %% ../nbs/16_benchmarks.ipynb #52-16-benchmarks
 def _looped_window(h, w, radius):
@@ -397,13 +408,13 @@ def _looped_walk(cam, affinity, class_labels, background, mask, alpha):  # (B,K,
 # %% ../nbs/16_benchmarks.ipynb #53-16-benchmarks
 def _looped_label(image, maps, class_labels, box, refinement, all_classes):  # maps (B,K+1,·,·) → label (B,H,W)
     label = torch.full((len(image), *image.shape[-2:]), 255, device=image.device)
-    small = half(image)
     for b, (y0, y1, x0, x1) in enumerate(box.tolist()):
-        keys = torch.nonzero(class_labels[b])[:, 0]
-        refined = F.interpolate(refinement(small[[b]], maps[[b]][:, keys]), image.shape[-2:], mode="bilinear", align_corners=False)
-        if all_classes: found = torch.zeros_like(maps[0]).index_copy(0, keys, refined[0]).argmax(0)
-        else: found = keys[refined[0].argmax(0)]
-        label[b, y0:y1, x0:x1] = found[y0:y1, x0:x1]
+        keys, inside = torch.nonzero(class_labels[b])[:, 0], (slice(y0, y1), slice(x0, x1))
+        picture, found = image[[b]], maps[[b]][:, keys]
+        if all_classes: picture, found = picture[(..., *inside)], found[(..., *inside)]  # the propagated label looks at the picture alone, the refined one at the whole crop
+        refined = F.interpolate(refinement(half(picture), found), picture.shape[-2:], mode="bilinear", align_corners=False)[0]
+        if all_classes: label[b][inside] = torch.zeros(len(class_labels[b]), *refined.shape[1:], device=image.device).index_copy(0, keys, refined).argmax(0)
+        else: label[b][inside] = keys[refined.argmax(0)][inside]
     return label
 
 def _looped_agreement(high, low):
@@ -471,7 +482,7 @@ def _batch(device, batch, crop, classes, data_root):
     image[-1, :, :, :crop // 8] = normalize(torch.zeros(3, 1, 1, dtype=torch.uint8))
     tags = [[(2 * b + j) % (classes - 1) for j in range(1 + b % 2)] for b in range(batch)]
     class_labels = torch.stack([F.one_hot(torch.tensor(t), classes - 1).sum(0).float() for t in tags])
-    return {k: v.to(device) for k, v in dict(image=image, class_labels=class_labels, box=box).items()}, max(map(len, tags))
+    return training.on_device(dict(image=image, class_labels=class_labels, box=box), device), max(map(len, tags))
 
 def _step_config(preset_name, **changes): return preset(preset_name, weights="none", **changes)
 
@@ -501,15 +512,16 @@ def step_case(device, crop: int = 320, batch: int = 2, classes: int = 21, backbo
         with torch.autocast(device.type, torch.bfloat16, enabled=released_precision == "bf16"): return released(net, samples, step)
 
     def update(optimizer, f, *args):
-        total, _ = f(*args)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+        with _rounding(device, precision if optimizer is fused else None):  # as `train` sets it for the whole step
+            total, _ = f(*args)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
 
     def error(*_):
         with _nothing_left_out(net):
             with _precision(device, "fp32"): expected = released(net, samples, step)[1]
-            return max(abs(v.item() - expected[k]) for k, v in ours()[1].items())
+            return max(abs(v.item() - expected[k]) for k, v in ours(eager)[1].items())
 
     if compiled: update(fused, ours)  # now, so that nobody takes the compiler for the step
     without_graphs = lambda: update(fused, ours, eager)
@@ -541,7 +553,14 @@ def inference_case(device, side: int = 320, classes: int = 21, batch: int = 2, b
     def ours():
         with _precision(device, precision): return predict(net, image, None, None, "released", long_side)
 
-    return Case(ours, lambda: _whole_inference(net, image, long_side, PROTOCOLS["released"]["scales"]), lambda a, b: (a - b).abs().max().item(), _network_floor(ours, precision), batch)
+    def naive(): return _whole_inference(net, image, long_side, PROTOCOLS["released"]["scales"])
+
+    def error(found, expected):
+        if device.type == "cuda":  # as for the CAM
+            with _precision(device, "fp32"): expected = naive()
+        return (found - expected).abs().max().item()
+
+    return Case(ours, naive, error, _network_floor(ours, precision), batch)
 
 # %% ../nbs/16_benchmarks.ipynb #65-16-benchmarks
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -588,7 +607,7 @@ GRIDS = dict(
     gpu=dict(par=[dict(batch=8), *(dict(batch=8, part=part, table=True) for part in ("kernel", "iterations")), *_vary(dict(), side=(128, 256, 512, 1024), classes=(3, 63), batch=(2, 4))],
              energy=[dict(side=256, batch=8), *_vary(dict(side=128), side=(64, 128, 256), classes=(3, 63), batch=(2, 4))],
              cam=[dict(side=512, batch=8), dict(side=512, batch=8, precision="bf16", table=True)],
-             step=[dict(crop=512, batch=8, energy=True, precision="bf16"),
+             step=[dict(crop=512, batch=8, energy=True, precision="bf16"), dict(crop=512, batch=8, energy=True, precision="bf16", released_precision="bf16", table=True),
                    *(dict(crop=512, batch=8, energy=True, precision=p, table=True) for p in ("fp32", "tf32")),
                    *(dict(crop=512, batch=8, energy=True, precision="bf16", naive=False, table=True) | way
                      for way in (dict(cuda_graphs=True), dict(channels_last=True), dict(compiled=True))),
@@ -599,7 +618,7 @@ GRIDS = dict(
 
 # %% ../nbs/16_benchmarks.ipynb #69-16-benchmarks
 PROFILES = dict(small={"demo": _DEMO | dict(batch=2, steps=1)},
-                full={"demo, MiT-tiny, 16 crops of 96×96": _DEMO, "VOC recipe, MiT-B1, 2 crops of 320×320": {}},
+                full={"demo, MiT-tiny, 16 crops of 96×96": _DEMO, "VOC recipe, MiT-B1, 2 crops of 320×320, fp32": {}},
                 gpu={f"VOC recipe, MiT-B1, 8 crops of 512×512, {p}": dict(crop=512, batch=8, energy=True, precision=p, workers=8) for p in ("bf16", "fp32")})
 
 # %% ../nbs/16_benchmarks.ipynb #71-16-benchmarks
@@ -712,13 +731,13 @@ def profile(device: torch.device, crop: int = 320, batch: int = 2, backbone: str
     loader = iter(DataLoader(TrainSet(dataset, TrainTransform(crop, c.scale), 0), batch, sampler=RandomOrder(len(dataset), batch), num_workers=workers))
     net = _network(device, backbone, len(dataset.classes), drop_path=c.drop_path, stride=c.stride, decoder_dim=c.decoder_dim).train()
     optimizer, labeller, step = torch.optim.AdamW(parameter_groups(net, c), lr=c.lr, fused=True), Labeller(c), _PHASES[phase](c)
-    with _watched(net, device) as watch:
+    with _rounding(device, precision), _watched(net, device) as watch:
         for i in range(steps + 2):
             if i == 2: watch.total.clear()  # two steps to warm up
             with watch.part("the rest"):
                 with watch.part("loader"): samples = next(loader)
                 num_present = int(samples["class_labels"].sum(1).max())
-                samples = {k: v.to(device, non_blocking=True) for k, v in samples.items()}
+                samples = training.on_device(samples, device)
                 with _precision(device, precision): loss, _ = training_step(net, labeller, samples, num_present, step)
                 with watch.part("decoder, heads and losses, backward"): loss.backward()
                 with watch.part("optimiser"): optimizer.step(), optimizer.zero_grad()
@@ -767,6 +786,7 @@ def run(device: torch.device, sizes: str = "full",  # a key of `GRIDS`
     "Measures everything and gives the report. Raises `ValueError` for unknown sizes or benchmarks."
     if sizes not in GRIDS: raise ValueError(f"sizes must be one of {', '.join(GRIDS)}, not {sizes!r}")
     if unknown := set(only) - set(CASES): raise ValueError(f"unknown benchmark {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if device.type == "cuda": torch.cuda.set_device(device)  # clocks and kernels take the current one
     rates = machine_rates(device)
     report = dict(device=device_label(device), versions=versions(), sizes=sizes, pictures="photographs" if data_root else "drawn pictures", rates=rates, rows=[], profiles={})
     for name in only or CASES:

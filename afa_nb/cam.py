@@ -47,7 +47,7 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
                     first: torch.Tensor | None = None,  # raw cam (B,K,h,w) of the image itself, if it is known already: saves one pass
                     classes: torch.Tensor | None = None,  # (B,M) from 0, for each image the classes wanted; None: all K
                    ) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W), or (B,M,H,W), in [0,1]; affinity (B,N',N') of the largest scale
-    "§3.2: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
+    "The CAM of §3.2, as the released code makes it: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
     if min(scales, default=0) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     size, total, affinity = image.shape[-2:], 0, None
     def full(cam): return resize_bilinear((cam if classes is None else cam.gather(1, classes[:, :, None, None].expand(-1, -1, *cam.shape[2:]))).float(), size)
@@ -63,9 +63,12 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
 
 # %% ../nbs/05_cam.ipynb #33-05-cam
 def box_mask(box: torch.Tensor,  # (B,4) rows (y0,y1,x0,x1), half-open
-             height: int, width: int) -> torch.Tensor:  # (B,height,width) bool
+             height: int, width: int,
+             device=None,  # of the mask; None: where `box` is
+            ) -> torch.Tensor:  # (B,height,width) bool
     "True where a padded crop shows the picture. Raises `ValueError` for a box of another shape."
     if box.ndim != 2 or box.shape[1] != 4: raise ValueError(f"box must be (B,4) with rows (y0,y1,x0,x1), got {tuple(box.shape)}")
+    box = box.to(device or box.device, non_blocking=True)
     y, x = torch.arange(height, device=box.device)[None, :, None], torch.arange(width, device=box.device)[None, None]
     y0, y1, x0, x1 = (v[:, None, None] for v in box.unbind(1))
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
@@ -86,7 +89,7 @@ def cam_to_label(cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
     else:
         if not 0 <= low <= high <= 1: raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
         label = label.masked_fill(value <= high, ignore_index).masked_fill(value <= low, 0)
-    return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:]), ignore_index)
+    return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:], label.device), ignore_index)
 
 # %% ../nbs/05_cam.ipynb #43-05-cam
 def background_softmax(cam: torch.Tensor,  # (B,K,h,w) in [0,1]

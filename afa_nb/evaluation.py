@@ -101,6 +101,14 @@ def _eval_mode(net):
     finally: net.train(training)
 
 # %% ../nbs/12_evaluation.ipynb #17-12-evaluation
+_LEAST = 32  # pixels of a side that an encoder takes
+
+def _padded(x, least):
+    "(…,H,W) with its last row and column repeated up to `least` pixels a side."
+    for axis in (-2, -1):
+        if (n := x.shape[axis]) < least: x = x.index_select(axis, torch.arange(least, device=x.device).clamp(max=n - 1))
+    return x
+
 def _forward(net, image):
     "The network's output, without the attention and affinity that our own network would store beside it."
     return net(image, affinity=False) if isinstance(net, AFANet) else net(image)
@@ -115,7 +123,7 @@ def predict(
     long_side="protocol", # pixels of the longer side at scale 1; None: as the image is
     with_cls:bool=False, # also give the classification logits of the unmirrored image at scale 1
 ) -> torch.Tensor: # float32 (B,C,H,W) logits; with `with_cls` a pair of these and float32 (B,K)
-    "Segmentation logits at the image's own size under a test protocol (decision 14). The softmax of the result is a probability. Raises `ValueError` for an unknown protocol, a wrong shape, or `with_cls` without scale 1."
+    "Segmentation logits at the image's own size under a test protocol (decision 14). The softmax of the result is a probability. Where a side is too short for the smallest scale, the last row or column is repeated. Raises `ValueError` for an unknown protocol, a wrong shape, or `with_cls` without scale 1."
     if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
     row = PROTOCOLS[protocol]
@@ -123,8 +131,10 @@ def predict(
     long_side = row["long_side"] if long_side == "protocol" else long_side
     if not scales or min(scales) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     if with_cls and 1 not in scales: raise ValueError(f"with_cls needs scale 1, but the scales are {scales}")
-    size, x = image.shape[-2:], image
-    if long_side: x = resize_bilinear(x, [max(1, int(side * (long_side / max(size)))) for side in size])
+    size = image.shape[-2:]
+    x = _padded(image, math.ceil(_LEAST / (min(scales) * (long_side / max(size) if long_side else 1))))
+    whole = x.shape[-2:]
+    if long_side: x = resize_bilinear(x, [max(1, int(side * (long_side / max(whole)))) for side in whole])
     best = cls = None
     with _eval_mode(net):
         for s in sorted(scales, key=lambda s: (s != 1, -s)): # scale 1 first: its grid is the common one
@@ -134,7 +144,7 @@ def predict(
             logits = out.seg.float() if best is None else resize_bilinear(out.seg.float(), best.shape[-2:])
             if flip: logits = (logits[:len(x)] + logits[len(x):].flip(-1)) / 2
             best = logits if best is None else torch.maximum(best, logits)
-    best = resize_bilinear(best, size)
+    best = resize_bilinear(best, whole)[..., :size[0], :size[1]]
     return (best, cls) if with_cls else best
 
 # %% ../nbs/12_evaluation.ipynb #22-12-evaluation
@@ -269,7 +279,7 @@ def reliable_labels(
         known = torch.maximum(background[0], foreground[1:].amax(0)) >= sure
         labels.append(label.masked_fill(~(known & _certain(maps[tags], high, share, sure)), 255))
     labels = torch.stack(labels)
-    return labels if box is None else labels.masked_fill(~box_mask(box, *labels.shape[1:]), 255)
+    return labels if box is None else labels.masked_fill(~box_mask(box, *labels.shape[1:], labels.device), 255)
 
 # %% ../nbs/12_evaluation.ipynb #33-12-evaluation
 LADDER = ("cam", "cam_par", "propagated", "propagated_par", "seg", "seg_ms", "seg_ms_author", "seg_crf")
@@ -310,6 +320,8 @@ def _true_affinity(mask, grid):
 def _climb(net, image, class_labels, mask, rungs, par, scales, background, radius, alpha, protocol, long_side):
     "Classification logits, and for each rung labels (B,H,W), or (B,C,H,W) probabilities for `seg_crf`. `image` is uint8 (B,3,H,W) on the network's device; `mask` (B,H,W) or None."
     if mask is None and {"oracle", "oracle_par"} & set(rungs): raise ValueError("the oracle rungs need the mask")
+    (H, W), least = image.shape[-2:], math.ceil(_LEAST / min(1, *scales)) if _OF_CAM & set(rungs) else _LEAST
+    image, mask = _padded(image, least), None if mask is None else _padded(mask, least)
     x = normalize(image)
     here, first = net(x, seg="seg" in rungs, affinity=False, with_cam=True)
     cam, affinity = multi_scale_cam(net, x, scales, first) if _OF_CAM & set(rungs) else (None, None)
@@ -333,7 +345,7 @@ def _climb(net, image, class_labels, mask, rungs, par, scales, background, radiu
         seg_ms=lambda: logits(protocol).argmax(1),
         seg_ms_author=lambda: logits("author").argmax(1),
         seg_crf=lambda: logits(protocol).softmax(1))
-    return here.cls, {rung: steps[rung]() for rung in rungs}
+    return here.cls, {rung: steps[rung]()[..., :H, :W] for rung in rungs}
 
 # %% ../nbs/12_evaluation.ipynb #38-12-evaluation
 def ladder_labels(
@@ -409,7 +421,7 @@ def evaluate(
     par=None, scales=(1, .5, 1.5), background=.45, radius=8, alpha=2., protocol="released", long_side="protocol", # as in `ladder_labels`
     batch_size:int=4, # images of equal size at a time
     num_workers:int=0, # processes that read images
-    crf_workers:int=None, # processes that run the CRF; None: one per core; 0: none
+    crf_workers:int=None, # processes that run the CRF; None: one per core, shared among the accelerator's processes; 0: none
     accelerator=None, # an `accelerate.Accelerator`: every process takes a share, all get the result
     progress:bool=False, # show a bar
 ) -> dict: # see below
@@ -427,6 +439,7 @@ def evaluate(
     tags = torch.zeros(4, dtype=torch.float64, device=device) # sums of F1 and hits, images with tags, images
     batches = _size_batches(dataset, _subset(dataset, limit, accelerator), batch_size, num_workers)
     with _eval_mode(net), tqdm(total=len(dataset) if limit is None else min(limit, len(dataset)), desc="evaluate", disable=not progress, leave=False) as bar:
+        if crf_workers is None and accelerator is not None: crf_workers = max(1, _usable_cores() // accelerator.num_processes)
         for mask, label in dense_crf_pool(_measure(net, batches, settings, matrices, tags, bar), crf_workers, hard=True):
             matrices["seg_crf"].update(mask, label)
     if accelerator is not None:

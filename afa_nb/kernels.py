@@ -56,9 +56,12 @@ def _offset_table(offsets, device):
 
 def _packed(masks, size, groups):
     "(B,C,h,w) → (B,groups,H,W,4), resized to H×W if it has another size; channels that are added are zero."
-    x = F.pad(masks, (0, 0, 0, 0, 0, 4 * groups - masks.shape[1])).view(-1, 4, *masks.shape[-2:]).contiguous(memory_format=torch.channels_last)
+    x = F.pad(masks, (0, 0, 0, 0, 0, 4 * groups - masks.shape[1])).reshape(-1, 4, *masks.shape[-2:]).contiguous(memory_format=torch.channels_last)
     if x.shape[-2:] != size: x = F.interpolate(x, size, mode="bilinear", align_corners=True)
     return x.permute(0, 2, 3, 1).contiguous()
+
+def _check_size(H, W, N, C=0):
+    if max(N, C + 3) * H * W >= 2 ** 31: raise ValueError(f"{H}×{W} pixels with {N} neighbours and {C} channels are more numbers than the kernel can count: refine at a lower resolution")
 
 def refine(kernel: torch.Tensor,  # κ (B,48,H,W), float32
            masks: torch.Tensor,  # M_0 (B,C,h,w), float32; resized to H×W
@@ -66,7 +69,7 @@ def refine(kernel: torch.Tensor,  # κ (B,48,H,W), float32
            num_iter: int) -> torch.Tensor:  # M_t (B,C,H,W)
     "Eq. 10, `num_iter` times, as `par.refine`. Takes the memory of three sets of masks. Raises `ValueError` for pictures of many millions of pixels."
     (B, C), (H, W), offsets, (tile_h, tile_w) = masks.shape[:2], kernel.shape[-2:], tuple(offsets), (16, 64)
-    if max(len(offsets), C + 3) * H * W >= 2 ** 31: raise ValueError(f"{H}×{W} pixels with {len(offsets)} neighbours and {C} channels are more numbers than the kernel can count: refine at a lower resolution")
+    _check_size(H, W, len(offsets), C)
     if not num_iter: return masks if masks.shape[-2:] == (H, W) else F.interpolate(masks, (H, W), mode="bilinear", align_corners=True)
     parts = triton.cdiv(C, 24)  # of at most 24 channels: more would not fit into the registers
     groups = triton.cdiv(C, 4 * parts)
@@ -134,8 +137,9 @@ def neighbour_weights(image: torch.Tensor,  # (B,3,H,W), float32
                       centres: int = 0,  # how often the pixel itself counts in σ
                       bias: torch.Tensor | None = None,  # (48,1), added to the weights: PAR's w3·κ_pos
                      ) -> torch.Tensor:  # κ (B,48,H,W)
-    "Eq. 8–9 for a whole batch."
+    "Eq. 8–9 for a whole batch. Raises `ValueError` for pictures of many millions of pixels."
     (B, colours, H, W), N, block = image.shape, len(offsets), 256
+    _check_size(H, W, N)
     image, kernel = image.contiguous(), image.new_empty(B, N, H, W)
     bias = image.new_zeros(N) if bias is None else bias.to(image.device, non_blocking=True)
     with torch.cuda.device_of(image):  # products and sums stay apart: fused, the differences below of equal costs would not be 0, and costs can be large
@@ -210,7 +214,7 @@ def ready(device: torch.device) -> bool:
     try:
         if not hasattr(triton, "__version__"): raise ImportError("Triton is not installed")
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0): raise RuntimeError("it is older than compute capability 8.0")
-        image, offsets = torch.rand(2, 3, 16, 16, device=device), [(0, 1), (1, 0)]
+        image, offsets = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(device), [(0, 1), (1, 0)]  # the training's random numbers stay as they are
         refined = refine(neighbour_weights(image, offsets, .3), image, offsets, 3)
         if not bilateral_filter(image.flatten(2), refined.flatten(2)).isfinite().all(): raise ArithmeticError("results are not finite")
     except Exception as error:

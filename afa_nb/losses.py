@@ -103,7 +103,7 @@ class DenseEnergyLoss(nn.Module):
         if image.shape != (B, 3, H, W) or target.shape != (B, H, W): raise ValueError(f"image {tuple(image.shape)} and target {tuple(target.shape)} do not belong to prob {tuple(prob.shape)}")
         if box is not None and box.shape != (B, 4): raise ValueError(f"box must be {(B, 4)}, not {tuple(box.shape)}")
         size = int(H * self.scale), int(W * self.scale)
-        roi = torch.ones_like(target, dtype=torch.bool) if box is None else box_mask(box, H, W)
+        roi = torch.ones_like(target, dtype=torch.bool) if box is None else box_mask(box, H, W, target.device)
         image, roi, target = (F.interpolate(x.float(), size, mode="nearest") for x in (image, roi[:, None], target[:, None]))
         prob = resize_bilinear(prob.float(), size)
         gate = (roi - prob.detach().amax(1, keepdim=True)).clamp(min=0).masked_fill(target == 255, 1)

@@ -81,7 +81,7 @@ class AFANet(nn.Module):
                  drop_path: float = .1):  # of the encoder, for a variant: see `MixTransformer`
         "Raises `ValueError` for a setting that makes no sense, or an encoder whose output does."
         super().__init__()
-        if num_classes < 2: raise ValueError(f"num_classes counts the background, so it is at least 2, not {num_classes}")
+        if not 2 <= num_classes <= 255: raise ValueError(f"num_classes counts the background, so it is at least 2, and at most 255, which marks ignored pixels; not {num_classes}")
         topk_pool(torch.zeros(1, 1, 2, 2), pooling)  # an impossible pooling fails here and not in the first step
         self.num_classes, self.pooling, self.stride = num_classes, pooling, stride
         self.variant = variant if isinstance(variant, str) else None

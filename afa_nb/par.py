@@ -20,6 +20,7 @@ def neighbour_offsets(dilations=(1, 2, 4, 8, 12, 24),  # distances in pixels
 
 # %% ../nbs/06_par.ipynb #10-06-par
 @lru_cache(maxsize=1)
+@torch.inference_mode(False)
 def neighbour_index(B: int, H: int, W: int,  # images of H×W pixels, numbered row by row, image after image
                     offsets: tuple[tuple[int, int], ...], device="cpu") -> torch.Tensor:  # (B·H·W,48) int32
     "The numbers of every pixel's neighbours; edges replicated. Kept for the next call with the same arguments: do not write into it."

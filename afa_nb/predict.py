@@ -81,8 +81,8 @@ class Predictor:
         if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
         self.net, self.classes, self.protocol, self.crf, self.max_side = net.eval(), list(classes), protocol, crf, max_side
         self.long_side = PROTOCOLS[protocol]["long_side"] if long_side == "protocol" else long_side
-        self.smallest = min(PROTOCOLS[protocol]["scales"])
-        if min(self.long_side or max_side, max_side) * self.smallest < 32: raise ValueError(f"long_side {long_side} and max_side {max_side} at scale {self.smallest} leave less than the 32 pixels the encoder needs")
+        smallest = min(PROTOCOLS[protocol]["scales"])
+        if min(self.long_side or max_side, max_side) * smallest < 32: raise ValueError(f"long_side {long_side} and max_side {max_side} at scale {smallest} leave less than the 32 pixels the encoder needs")
 
     def __call__(self, image,  # see `to_picture`; or a list of those, or a batch (B,…)
                  tags=None):  # names of the classes that may occur; None: any. For a list or a batch also one such list each
@@ -111,12 +111,8 @@ class Predictor:
     def _infer(self, picture, allowed):
         "Probabilities without the CRF, and confidences."
         x = normalize(pil_to_tensor(picture))[None].to(next(self.net.parameters()).device)
-        h, w = x.shape[-2:]
-        factor = self.long_side / max(h, w) if self.long_side else 1
-        least = math.ceil(32 / (factor * self.smallest))
-        x = F.pad(x, (0, max(0, least - w), 0, max(0, least - h)), mode="replicate")
         logits, cls = evaluation.predict(self.net, x, protocol=self.protocol, long_side=self.long_side, with_cls=True)
-        prob = logits[0, :, :h, :w].masked_fill(~allowed.to(logits.device)[:, None, None], -math.inf).softmax(0)
+        prob = logits[0].masked_fill(~allowed.to(logits.device)[:, None, None], -math.inf).softmax(0)
         return prob.numpy(force=True), dict(zip(self.classes[1:], cls[0].sigmoid().tolist()))
 
     def settings(self) -> dict:

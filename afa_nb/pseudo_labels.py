@@ -59,7 +59,7 @@ def _decide(par, image, maps, index, scores, kernel):
 def _agree(label_high, label_low, box, ignore_index=255):
     "Decision 5: foreground where the high score says so, background where both say so, ignored elsewhere and outside the box."
     label = label_high.masked_fill((label_high == 0) & (label_low != 0), ignore_index)
-    return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:]), ignore_index)
+    return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:], label.device), ignore_index)
 
 # %% ../nbs/09_pseudo_labels.ipynb #17-09-pseudo-labels
 def _check(image, cam, class_labels, low, high, box=None):
@@ -119,20 +119,36 @@ def _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_prese
     maps, index = _compete(cam, class_labels, scores, grid, num_present)
     return resize_bilinear(random_walk(maps, affinity, radius, alpha), image.shape[-2:]), index
 
+def _is_padded(box, size): return box is not None and box.tolist() != [[0, size[0], 0, size[1]]] * len(box)
+
+def _refine_pictures(par, image, maps, box):
+    "`maps` (B,C,H,W) refined by PAR at half resolution inside the box of each image."
+    images_of, refined = {}, maps.clone()
+    for b, area in enumerate(box.tolist()): images_of.setdefault(tuple(area), []).append(b)
+    for (y0, y1, x0, x1), rows in images_of.items():
+        if min(y1 - y0, x1 - x0) < 2: continue  # too small to be halved
+        part = rows, slice(None), slice(y0, y1), slice(x0, x1)
+        refined[part] = resize_bilinear(par(half(image[part]), maps[part]), (y1 - y0, x1 - x0))
+    return refined
+
 @torch.no_grad()
-def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None):
-    return _decide(par, image, *_walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present), scores, kernel)
+def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None, box=None):
+    walked, index = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
+    if par is not None and _is_padded(box, image.shape[-2:]): walked, par = _refine_pictures(par, image, walked, box), None
+    return _decide(par, image, walked, index, scores, kernel)
 
 # %% ../nbs/09_pseudo_labels.ipynb #35-09-pseudo-labels
 def propagated_labels(par, image, cam,  # as in `refined_labels`
                       affinity: torch.Tensor,  # (B,N',N') in (0,1), of any token grid of the picture
-                      class_labels, low: float = .35, high: float = .55, box=None,  # as in `refined_labels`
+                      class_labels, low: float = .35, high: float = .55,  # as in `refined_labels`
+                      box=None,  # (B,4) rows (y0,y1,x0,x1), on the CPU: nothing else is looked at, and outside is ignored
                       radius: int = 8, alpha: float = 2,  # of the random walk
-                      num_present: int | None = None, kernel: torch.Tensor | None = None,  # as in `refined_labels`
+                      num_present: int | None = None,  # as in `present_classes`
+                      kernel: torch.Tensor | None = None,  # `par.kernel(half(image))`, to use it again where no image is padded
                      ) -> torch.Tensor:  # (B,H,W) long: class, 0 background, 255 ignored
     "Decisions 5 and 6: the CAM, against β_h and against β_l, takes a step of the random walk before PAR. This label supervises the segmentation. Raises `ValueError` for inputs that do not belong together."
     _check(image, cam, class_labels, low, high, box)
-    return _agree(*_propagated(par, image, cam, affinity, class_labels, (high, low), radius, alpha, num_present, kernel), box)
+    return _agree(*_propagated(par, image, cam, affinity, class_labels, (high, low), radius, alpha, num_present, kernel, box), box)
 
 # %% ../nbs/09_pseudo_labels.ipynb #36-09-pseudo-labels
 def propagated_label(par, image, cam, affinity, class_labels,  # as in `propagated_labels`
@@ -148,8 +164,11 @@ def propagated_label(par, image, cam, affinity, class_labels,  # as in `propagat
 def both_labels(par, image, cam, affinity, class_labels, low: float = .35, high: float = .55, box=None, radius: int = 8, alpha: float = 2,
                 num_present: int | None = None, kernel: torch.Tensor | None = None,  # all as in `propagated_labels`; `par` is not None
                ) -> tuple[torch.Tensor, torch.Tensor]:  # both (B,H,W) long
-    "What `refined_labels` and `propagated_labels` give, in one go of PAR. Raises `ValueError` for inputs that do not belong together."
+    "What `refined_labels` and `propagated_labels` give, where it can in one go of PAR. Raises `ValueError` for inputs that do not belong together."
     _check(image, cam, class_labels, low, high, box)
+    if _is_padded(box, image.shape[-2:]):
+        shared = dict(low=low, high=high, box=box, num_present=num_present, kernel=kernel)
+        return refined_labels(par, image, cam, class_labels, **shared), propagated_labels(par, image, cam, affinity, class_labels, radius=radius, alpha=alpha, **shared)
     scores, size = (high, low), [side // 2 for side in image.shape[-2:]]
     maps, index = _compete(cam, class_labels, scores, size, num_present)
     walked, _ = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)

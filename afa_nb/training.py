@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SUPERVISION', 'PRESETS', 'Config', 'preset', 'configure', 'check', 'learning_rate', 'parameter_groups', 'RandomOrder',
-           'TrainSet', 'open_data', 'open_split', 'Labeller', 'training_step', 'save_checkpoint', 'save_weights',
-           'newest_checkpoint', 'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build', 'multiplies_bf16',
-           'resolve_precision', 'NotFinite', 'seed_everything', 'train', 'device_name', 'evaluation_settings',
-           'load_run', 'evaluate_run']
+           'TrainSet', 'open_data', 'open_split', 'on_device', 'Labeller', 'training_step', 'save_checkpoint',
+           'save_weights', 'newest_checkpoint', 'load_checkpoint', 'open_run', 'read_metrics', 'Metrics', 'build',
+           'multiplies_bf16', 'resolve_precision', 'NotFinite', 'seed_everything', 'train', 'device_name',
+           'evaluation_settings', 'load_run', 'evaluate_run']
 
 # %% ../nbs/13_training.ipynb #02-13-training
-import hashlib, json, math, os, random, shutil, time
+import contextlib, hashlib, json, math, os, random, shutil, time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -244,6 +244,11 @@ def open_split(config: Config, split: str, masks: bool):
     "One split of a run's data, with masks or without."
     return data.load(shapes_root() if config.data_root is None else config.data_root, split, masks, config.tags, config.masks)
 
+# %% ../nbs/13_training.ipynb #26c-13-training
+def on_device(batch: dict, device) -> dict:
+    "The batch where the network is. The boxes stay where the program can read them without waiting."
+    return {k: v if k == "box" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
 # %% ../nbs/13_training.ipynb #26a-13-training
 class _Recorded:
     "A network's `cam`, recorded as one CUDA graph for each size of image and replayed: one launch instead of hundreds. Sees new weights, because they change in place."
@@ -259,7 +264,7 @@ class _Recorded:
 
     def _record(self, image, affinity):
         held, own, precision = image.clone(), torch.cuda.Stream(), (torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"))
-        with torch.autocast("cuda", *precision, cache_enabled=False):  # the casts of the weights belong into the graph
+        with torch.random.fork_rng(devices=[image.device]), torch.autocast("cuda", *precision, cache_enabled=False):  # the casts of the weights belong into the graph
             own.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(own):
                 for _ in range(2): self.net.cam(held, affinity)  # what is made at a first call is not to be recorded
@@ -284,7 +289,7 @@ class Labeller:
             index, present = present_classes(batch["class_labels"], num_present)
             cams, affinity = multi_scale_cam(cam_model, image, c.cam_scales, first=cam, classes=index)
             if c.supervision == "cam": return None, in_classes(cam_to_label(cams, present, low=c.low, high=c.high, box=batch["box"]), index)
-            if c.supervision == "rrm": return None, in_classes(reliable_labels((denormalize(image) * 255).byte(), cams, present, batch["box"], c.rrm_exponents), index)
+            if c.supervision == "rrm": return None, in_classes(reliable_labels((denormalize(image) * 255).round().byte(), cams, present, batch["box"], c.rrm_exponents), index)
             shared = dict(low=c.low, high=c.high, box=batch["box"], num_present=num_present, kernel=self.par.kernel(half(image)))
             if propagate and c.supervision == "afa":
                 return tuple(in_classes(label, index) for label in both_labels(self.par, image, cams, affinity, present, radius=c.radius, alpha=c.alpha, **shared))
@@ -372,6 +377,8 @@ def newest_checkpoint(run_dir: Path, say=print) -> Path | None:
         if not bad: return folder
         say(f"checkpoint {folder.name} is damaged ({', '.join(bad)}): it is left aside and the one before it used")
     return None
+
+def _step_of(checkpoint: Path) -> int: return int(checkpoint.name.removeprefix("step-"))
 
 def load_checkpoint(folder: Path, net, optimizer, accelerator) -> int:
     "Puts everything back as `save_checkpoint` found it; gives the step to go on with."
@@ -464,6 +471,13 @@ class _Window:
 
     def reset(self): self.sums, self.counts, self.count, self.start = {}, {}, 0, time.perf_counter()
 
+    @contextlib.contextmanager
+    def paused(self):
+        "What happens inside does not count as time of the iterations."
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
     def add(self, losses, step):
         self.count += 1
         for k, v in losses.items():
@@ -539,14 +553,15 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     stop = config.max_iters if until is None else min(until, config.max_iters)
     batches = _batches(trainset, config, start, accelerator) if start < stop else None
     net.train()
-    if start < stop and ladder: _check_rungs(ladder)  # a rung without what it needs fails now and not after the training
+    if start < stop and ladder: _check_rungs(_rungs(ladder, config))  # a rung without what it needs fails now and not after the training
+    if config.cam_iters >= config.max_iters and config.supervision != "mask": say(f"cam_iters {config.cam_iters} is not below max_iters {config.max_iters}: only the classifier learns.")
     bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2, file=_Line() if live and main else None)
     for step in bar:
         for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.lr * group["ratio"], config.max_iters, config.warmup_iters)
         for _ in range(config.accumulate):
             batch = next(batches)
             num_present = int(batch["class_labels"].sum(1).max())  # asked before the batch leaves for the device
-            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+            batch = on_device(batch, accelerator.device)
             with accelerator.accumulate(net):
                 with accelerator.autocast(): loss, losses = training_step(net, labeller, batch, num_present, step)
                 accelerator.backward(loss)
@@ -557,14 +572,13 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
         if done % config.log_every == 0 or last: bar.set_postfix(_log(metrics, window, done, optimizer, config, accelerator), refresh=False)
         if done % config.eval_every == 0 and done < config.max_iters and valset is not None:
             window.check(run_dir)
-            _measure(net, valset, metrics, done, config, ("cam", "cam_par", "propagated_par", "seg"), config.eval_limit, accelerator)
+            with window.paused(): _measure(net, valset, metrics, done, config, _WHILE_TRAINING, config.eval_limit, accelerator)
             curves()
         if done % config.save_every == 0 or last:
             window.check(run_dir)
-            save_checkpoint(run_dir, done, net, optimizer, accelerator)
+            with window.paused(): save_checkpoint(run_dir, done, net, optimizer, accelerator)
     if stop == config.max_iters: _finish(net, valset, metrics, config, ladder, accelerator)
     curves()
-    accelerator.end_training()
     return run_dir
 
 # %% ../nbs/13_training.ipynb #41-13-training
@@ -587,32 +601,53 @@ def evaluation_settings(config: Config) -> dict:
     return dict(par=PAR(config.dilations, config.par_iters), scales=config.cam_scales, background=config.background, radius=config.radius, alpha=config.alpha, long_side=config.long_side)
 
 # %% ../nbs/13_training.ipynb #x77841157
+@contextlib.contextmanager
+def _as_written(net):
+    "Without the wrapper that accelerate puts around `forward`: what is measured while training is computed as later by `evaluate_run`."
+    wrapped = net.__dict__.pop("forward", None)
+    try: yield net
+    finally:
+        if wrapped is not None: net.forward = wrapped
+
 def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, accelerator=None, final=False):
-    "Adds one row of the ladder to the metrics. A network that learned from masks has no CAM."
-    if config.supervision == "mask": ladder = [rung for rung in ladder if rung.startswith("seg")]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.compiler.set_stance("force_eager"):  # each size of image would be compiled
+    "Adds one row of the ladder to the metrics."
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), _as_written(accelerator.unwrap_model(net) if accelerator else net) as net:  # each size of image would be compiled
         row = evaluate(net, dataset, ladder=ladder, limit=limit, accelerator=accelerator, num_workers=config.num_workers, **evaluation_settings(config))
     name = "shapes" if config.data_root is None else Path(config.data_root).name
     row.update(kind="eval", step=step, split=split, limit=limit, data=name, seed=config.seed, final=final, device=device_name(row["device"]))
     metrics.add(**row)
     return row
 
+def _rungs(ladder, config):
+    "Those that the network has: one that learned from masks has no CAM. Raises `ValueError` if none is left."
+    if config.supervision != "mask": return tuple(ladder)
+    if rungs := tuple(rung for rung in ladder if rung.startswith("seg")): return rungs
+    raise ValueError(f"a network that learned from masks has no CAM: of {', '.join(ladder)} it has no rung, take some that begin with seg")
+
+_WHILE_TRAINING = "cam", "cam_par", "propagated_par", "seg"
+
 def _measure(net, valset, metrics, step, config, ladder, limit, accelerator, final=False):
-    "One more evaluation on val; the weights that segmented it best so far stay in `best/`."
-    row = _evaluate(net, valset, config.val_split, metrics, step, config, ladder, limit, accelerator, final)
-    before = max((r["seg"] for r in metrics.rows[:-1] if r["kind"] == "eval" and r["split"] == row["split"]), default=-1)
-    if accelerator.is_main_process and row["seg"] > before: _save_best(net, config, accelerator, step=step, miou=row["seg"])
+    "One more evaluation on val; the weights that segmented the same images best so far stay in `best/`."
+    row = _evaluate(net, valset, config.val_split, metrics, step, config, _rungs(ladder, config), limit, accelerator, final)
+    before = [r["seg"] for r in metrics.rows[:-1] if r["kind"] == "eval" and r["split"] == row["split"] and r["images"] == row["images"] and "seg" in r]
+    if accelerator.is_main_process and row["seg"] > max(before, default=-1): _save_best(net, config, accelerator, step=step, miou=row["seg"])
 
 def _save_best(net, config, accelerator, **notes): save_weights(accelerator.unwrap_model(net), Path(config.run_dir) / "best" / "model.safetensors", **notes)
 
 def _finish(net, valset, metrics, config, ladder, accelerator):
     "After the last step, once: the evaluation on all of val; without masks, a note that nothing was measured."
+    rows = [r for r in metrics.rows if r["kind"] == "eval" and r["split"] == config.val_split]
     if valset is None:
         if accelerator.is_main_process and not any(r["kind"] == "note" for r in metrics.rows):
             _save_best(net, config, accelerator, step=config.max_iters)
             metrics.add(kind="note", step=config.max_iters, final=True, text="No image has a mask, so nothing was measured. best/ holds the last weights.")
-    elif ladder and not any(r["kind"] == "eval" and r["final"] and r["split"] == config.val_split for r in metrics.rows):
-        _measure(net, valset, metrics, config.max_iters, config, ladder, None, accelerator, final=True)
+    elif ladder and not any(r["final"] for r in rows):
+        fewer = rows and config.eval_limit is not None and config.eval_limit < len(valset)
+        if fewer and rows[-1]["step"] < config.max_iters:  # what was measured on a part of val is compared on that part
+            _measure(net, valset, metrics, config.max_iters, config, _WHILE_TRAINING, config.eval_limit, accelerator)
+        if fewer: _evaluate(net, valset, config.val_split, metrics, config.max_iters, config, _rungs(ladder, config), None, accelerator, final=True)
+        else: _measure(net, valset, metrics, config.max_iters, config, (*ladder, *{"seg"}.difference(ladder)), None, accelerator, final=True)
 
 # %% ../nbs/13_training.ipynb #x22199675
 def _live_curves(metrics, split):
@@ -658,10 +693,11 @@ def load_run(run_dir,  # of `train`
 def evaluate_run(run_dir, split: str = "val",  # list of images
                  ladder=LADDER, limit: int | None = None,  # as in `evaluation.evaluate`
                 ) -> dict:
-    "The ladder of a finished run on another split or with other rungs; added to its `metrics.jsonl`, and read from there the next time."
+    """The ladder of a run on another split or with other rungs; added to its `metrics.jsonl`, and read from there the next time. The row's `step` says which checkpoint it was, the newest,
+    and `final` whether that is the end. Raises what `load_run` and `evaluation.evaluate` raise."""
     net, config, _ = load_run(run_dir)
+    step, ladder = _step_of(newest_checkpoint(Path(run_dir))), _rungs(ladder, config)
     metrics = Metrics(run_dir, config.max_iters)
     for r in metrics.rows:
-        if r["kind"] == "eval" and r["final"] and r["split"] == split and set(ladder) <= set(r) and limit == r.get("limit"): return r
-    dataset = open_split(config, split, masks=True)
-    return _evaluate(net, dataset, split, metrics, config.max_iters, config, ladder, limit, final=True)
+        if r["kind"] == "eval" and r["step"] == step and r["split"] == split and set(ladder) <= set(r) and limit == r.get("limit"): return r
+    return _evaluate(net, open_split(config, split, masks=True), split, metrics, step, config, ladder, limit, final=step == config.max_iters)

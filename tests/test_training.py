@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from afa_nb import training
 from afa_nb.data import save_mask, voc
 from afa_nb.shapes import make_shapes
-from afa_nb.training import NotFinite, check, preset, read_metrics, train
+from afa_nb.training import NotFinite, check, evaluate_run, preset, read_metrics, train
 
 SHORT = dict(max_iters=12, cam_iters=3, aff_iters=6, warmup_iters=2, crop_size=64, batch_size=4, eval_every=100, save_every=3, log_every=3)
 
@@ -124,6 +125,31 @@ def test_missing_pydensecrf_is_said_before_training(root, tmp_path, monkeypatch)
     assert {"cam", "seg"} <= set(read_metrics(run)[-1])
 
 
+def test_best_weights_are_compared_on_the_same_images(root, tmp_path):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT | dict(eval_every=4, eval_limit=1))
+    run = train(config, verbose=False, ladder=("cam",))
+    evals = [r for r in read_metrics(run) if r["kind"] == "eval"]
+    assert [(r["step"], r["images"], r["final"]) for r in evals] == [(4, 1, False), (8, 1, False), (12, 1, False), (12, 2, True)]
+    part = {r["step"]: r["seg"] for r in evals if "seg" in r}
+    with safe_open(run / "best" / "model.safetensors", "pt") as best: step = int(best.metadata()["step"])
+    assert step == max(part, key=part.get) and set(part) == {4, 8, 12}
+
+
+def test_a_ladder_without_the_segmentation(root, tmp_path):
+    run = train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT), verbose=False, ladder=("cam",))
+    assert {"cam", "seg"} <= set(read_metrics(run)[-1]) and (run / "best" / "model.safetensors").exists()
+
+
+def test_an_unfinished_run_is_measured_as_what_it_is(root, tmp_path):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
+    run = train(config, verbose=False, until=6, ladder=())
+    early = evaluate_run(run, ladder=("cam",))
+    assert (early["step"], early["final"]) == (6, False) and evaluate_run(run, ladder=("cam",)) == early
+    train(config, verbose=False, ladder=("seg",))
+    late = evaluate_run(run, ladder=("cam",))
+    assert (late["step"], late["final"]) == (12, True) and late["cam"] != early["cam"]
+
+
 def test_a_run_keeps_the_precision_it_has_begun_with(root, tmp_path, monkeypatch):
     config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), precision="auto", **SHORT)
     monkeypatch.setattr(training, "multiplies_bf16", lambda device: True)
@@ -209,9 +235,10 @@ def test_two_processes_learn_what_one_learns(root, tmp_path):
     assert done.returncode == 0, done.stderr
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]  # on CPUs `accelerate launch` starts one process unless there is MPI
     script = tmp_path / "run.py"
-    script.write_text(command(root, two, **settings)[2])
+    script.write_text(command(root, two, **settings)[2] + "\n" + command(root, tmp_path / "again", **settings | dict(max_iters=1, cam_iters=1))[2])
     done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "again/checkpoints/step-00000001").exists(), "a second run in the same script"
     assert len(list((two / "checkpoints").glob("step-*/random-*.pt"))) == 2 * len(list((two / "checkpoints").glob("step-*"))), "a random state from each of two processes"
     a, b = ([r for r in read_metrics(run) if r["kind"] == "train"] for run in (one, two))
     assert [r["step"] for r in a] == [r["step"] for r in b] == [1, 2, 3, 4, 5, 6]

@@ -26,7 +26,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.datasets.voc import DATASET_YEAR_DICT
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #05-00-data
@@ -35,8 +36,11 @@ def read_image(path # of a picture, or a PIL image
     "The picture as 8-bit RGB, upright. `OSError` naming the file if it is missing, truncated or not an image."
     try:
         with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as f: im = ImageOps.exif_transpose(f) # decodes all of it: a file cut short fails here, not later
-        if im.mode.startswith("I"): # 16 bits a pixel, which PIL would clip at 255
-            im = Image.fromarray((np.asarray(im).clip(0, 65535) // 257).astype(np.uint8))
+        if im.mode[0] in "IF": # 16 or 32 bits a pixel, which PIL would clip at 255
+            values = np.asarray(im)
+            if im.mode == "F": values = values * 255 if values.max() <= 1 else values
+            elif im.mode != "I" or values.max() > 255: values = values.clip(0, 65535) // 257
+            im = Image.fromarray(values.clip(0, 255).astype(np.uint8))
         if im.has_transparency_data: # white shows through, as in a viewer
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -100,7 +104,7 @@ def save_mask(mask, # class indices (H,W), 0…255
 def read_classes(root) -> list[str]: # background first
     "The class names in `root/classes.txt`, VOC's 21 where there is no such file. `ValueError` for a list that cannot be one of classes."
     path = Path(root)/"classes.txt"
-    return _check_classes(_lines(path), path) if path.exists() else list(VOC_CLASSES)
+    return _check_classes([unicodedata.normalize("NFC", c) for c in _lines(path)], path) if path.exists() else list(VOC_CLASSES)
 
 def _lines(path): return [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
 
@@ -173,7 +177,7 @@ def _table_entries(path):
             if number == 0 and {"image", "tags"} & {c.lower() for c in cells}: columns = _check_columns(cells, where)
             elif any(cells):
                 if columns and len(cells) != len(columns): raise ValueError(f"{where}: {len(cells)} cells, but {len(columns)} columns")
-                yield where, *(_by_columns(dict(zip(columns, cells)), where) if columns else (cells[0], cells[1:]))
+                yield where, *(_by_columns(dict(zip(columns, cells)), where) if columns else (cells[0], [t for c in cells[1:] for t in re.split("[;|,]", c)]))
 
 _KNOWN_COLUMNS = "Known are image and tags, or image and a column of 0 and 1 for each tag"
 
@@ -200,11 +204,22 @@ class Record(NamedTuple):
     mask: str|None = None # path of the class indices
 
 # %% ../nbs/00_data.ipynb #40-00-data
+def _reduced(sample, max_side):
+    (H, W), size = sample["image"].shape[1:], sample["image"].shape[1:]
+    if max(H, W) <= max_side: return sample
+    size = [max(1, round(side*max_side/max(H, W))) for side in (H, W)]
+    small = dict(image=resize(sample["image"], size, antialias=True))
+    if "mask" in sample: small["mask"] = resize(sample["mask"][None], size, InterpolationMode.NEAREST_EXACT)[0]
+    return sample | small
+
 class TaggedImages(torch.utils.data.Dataset):
     """Images with image-level labels and, where the records name them, masks. Item i is a dict of
     `image` uint8 (3,H,W) RGB, `class_labels` float32 (K,) in {0,1}, `name`, and with a mask `mask` uint8 (H,W) in {0,…,K,255}.
 
+    Pictures longer than `max_side` pixels, unless that is None, are reduced to it with their masks.
     Reading an item raises `OSError` for a file that cannot be read and `ValueError` for a mask that does not fit, each naming the file."""
+    max_side = None
+
     def __init__(self, records:Sequence[Record],
                  class_labels, # (n,K) in {0,1}
                  classes:list[str], # the C = K+1 names, background first
@@ -224,7 +239,7 @@ class TaggedImages(torch.utils.data.Dataset):
             (h, w), (H, W) = mask.shape, sample["image"].shape[1:]
             if (h, w) != (H, W): raise ValueError(f"{mask_file or 'the mask of ' + name}: the mask is {w}×{h} pixels, but its image {image} is {W}×{H}")
             sample["mask"] = torch.from_numpy(mask)
-        return sample
+        return sample if self.max_side is None else _reduced(sample, self.max_side)
 
     def read_mask(self, i:int) -> np.ndarray|None: # uint8 (H,W)
         "The mask of image i, None where there is none."
@@ -254,6 +269,8 @@ FEW_IMAGES = 10 # a tag on fewer images is too rare to learn from
 def problems(dataset:TaggedImages) -> list[str]:
     "Sentences about what was left out of a data set and which tags cannot be learned from it."
     counts, found = dataset.counts(), list(dataset.notes)
+    if alike := [names for names in Counter(c.lower() for c in counts).items() if names[1] > 1]:
+        found.append(f"Written in two ways, which makes two classes: {_some([name for name, _ in alike])}.")
     if everywhere := [c for c, n in counts.items() if n == len(dataset)]:
         found.append(f"On every image: {_some(everywhere)}. Nothing shows what an image without it looks like, so its place cannot be found: add images without it, tagged background if they show nothing else.")
     if rare := [f"{c} ({n})" for c, n in counts.items() if n < FEW_IMAGES]:
@@ -750,8 +767,11 @@ def _images_below(folder, masks) -> set[str]:
     "Paths of the images below `folder`, with / between the parts; nothing hidden, and nothing from the folder of masks."
     readable = {ext for ext, format in Image.registered_extensions().items() if format in Image.OPEN}
     files, masks = set(), Path(masks).expanduser().resolve() if masks else None
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and (Path(parent)/f).resolve() != masks]
+    seen = {Path(folder).resolve(), masks} # links are followed, but not round in a circle
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = {f: (Path(parent)/f).resolve() for f in folders if not f.startswith(".")}
+        folders[:] = [f for f, path in real.items() if path not in seen]
+        seen.update(real.values())
         files.update((Path(parent)/n).relative_to(folder).as_posix() for n in names if not n.startswith(".") and os.path.splitext(n)[1].lower() in readable)
     return files
 
@@ -762,17 +782,22 @@ def _subfolder_tags(files) -> dict[str, list[str]]:
 
 def _matched_images(rows, files, folder, where) -> list[str]:
     "For each image of the table its file: the path as it is written, or that without its extension."
+    composed = {unicodedata.normalize("NFC", file): file for file in files} # some file systems keep accents apart from their letters
     stems, found = {}, []
-    for file in files: stems.setdefault(_stem(file), []).append(file)
+    for file in composed: stems.setdefault(_stem(file), []).append(file)
     for number, image in enumerate(rows):
         _check_inside(image, where)
-        path = PureWindowsPath(image).as_posix() if image not in files else image
-        hits = [path] if path in files else stems.get(path, [])
+        path = unicodedata.normalize("NFC", image)
+        path = PureWindowsPath(path).as_posix() if path not in composed else path
+        hits = [path] if path in composed else stems.get(path, [])
         if len(hits) > 1: raise ValueError(f"{where}: {image!r} may be {' or '.join(sorted(hits))}; write which")
-        found += hits or [None]
+        found += [composed[hit] for hit in hits] or [None]
     missing = [image for image, file in zip(rows, found) if file is None]
-    if missing: raise FileNotFoundError(f"{folder/missing[0]}: no such image, but {where.name} lists it ({len(missing)} of {len(rows)} are missing). Add the image, or take it off the table"
-                                        + ("; if this is a heading, the columns are called image and tags" if missing[0] == next(iter(rows)) else ""))
+    if missing:
+        like = next((file for file in files if file.lower() == missing[0].lower()), None)
+        why = "is no format that can be read here: save it as JPEG or PNG" if (folder/missing[0]).is_file() else f"no such image, but {where.name} lists it" + (f"; {like} is there" if like else "")
+        raise FileNotFoundError(f"{folder/missing[0]}: {why} ({len(missing)} of {len(rows)} are missing). Add the image, or take it off the table"
+                                + ("; if this is a heading, the columns are called image and tags" if missing[0] == next(iter(rows)) else ""))
     for what, count in (("{} is there twice", Counter(found)), ("two images are called {}: rename one, for masks are named so", Counter(map(_stem, found)))):
         name, n = count.most_common(1)[0]
         if n > 1: raise ValueError(f"{where}: {what.format(repr(name))}")
@@ -801,6 +826,6 @@ def load(root, split:str="train",
     kind = layout(root, tags)
     if kind == "voc": return voc(root, split, masks=masks, tags=tags or "auto")
     if kind == "coco": return coco(root, split, masks=masks is not False)
-    if masks and not mask_folder: raise ValueError(f"{root}: these images have no masks; mask_folder names a folder of masks")
+    if masks and not mask_folder: raise ValueError(f"{root}: these images have no masks; give a folder of masks (`mask_folder` here, `masks` among a run's settings)")
     dataset = tagged_images(root, tags, masks=None if masks is False else mask_folder)
     return dataset.with_masks() if masks else dataset

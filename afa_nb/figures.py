@@ -7,6 +7,7 @@ __all__ = ['RUNGS', 'palette', 'colorize', 'overlay', 'panels', 'show_image', 's
            'ladder_grid', 'ladder', 'curves', 'ladder_table']
 
 # %% ../nbs/03_figures.ipynb #02-03-figures
+from collections import Counter
 from textwrap import wrap
 
 import numpy as np
@@ -246,19 +247,25 @@ def curves(
     split:str="val", # the evaluations to draw
 ): # a matplotlib figure
     """The losses (left, logarithmic) and the mIoU of every rung (right, percent) over the steps of a run. A row has `kind` "train", with `step` and `loss…`, or "eval", with
-    `step`, `split` and mIoU in [0,1]; what a row lacks is left out."""
+    `step`, `split` and mIoU in [0,1]; what a row lacks is left out. Only values of equally many `images` are joined: the last one of a run, of all images, stands alone."""
     fig = _Figure(figsize=(10, 2.8), dpi=80, layout="constrained")
     left, right = fig.subplots(1, 2)
     train = [r for r in metrics if r["kind"] == "train"]
     evals = [r for r in metrics if r["kind"] == "eval" and r.get("split") == split]
+    sizes = [n for n, _ in Counter(r.get("images") for r in evals).most_common()]
+    where = f" (line: {sizes[0]} images, open: {', '.join(map(str, sizes[1:]))})" if sizes[1:] else ""
     for i, (key, name) in enumerate(_LOSSES.items()):
         steps, values = _series(train, key)
         if steps: left.plot(steps, np.abs(values), label=name, color="black" if key == "loss" else f"C{i - 1}", linewidth=1.6 if key == "loss" else 1.1)
     for i, (key, name) in enumerate(RUNGS.items()):
-        steps, values = _series(evals, key)
-        if steps: right.plot(steps, 100 * np.array(values), label=name, color=[*(f"C{j}" for j in range(10)), "navy", "black"][i], marker="os+xD^v<>*Xh"[i], markersize=4, linewidth=1.2)
+        style = dict(label=name, color=[*(f"C{j}" for j in range(10)), "navy", "black"][i], marker="os+xD^v<>*Xh"[i])
+        for n in sizes:
+            steps, values = _series([r for r in evals if r.get("images") == n], key)
+            if not steps: continue
+            right.plot(steps, 100 * np.array(values), **style, **(dict(markersize=4, linewidth=1.2) if n == sizes[0] else dict(markersize=7, linewidth=0, markerfacecolor="none")))
+            style["label"] = "_"  # once in the legend
     left.set_yscale("log")
-    for ax, title in ((left, "loss"), (right, f"mIoU on {split}, %")):
+    for ax, title in ((left, "loss"), (right, f"mIoU on {split}, %{where}")):
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("step", fontsize=8)
         ax.grid(alpha=.3)

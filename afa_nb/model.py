@@ -242,14 +242,22 @@ def _misfits(own, state, kind) -> list[str]:
            [f"{k} is only there" for k in state if k not in own and k.startswith("encoder.")]
 
 # %% ../nbs/11_model.ipynb #53-11-model
+_OF_CLASSES = "classifier.", "decoder.predict."
+
 def load_weights(net: AFANet,  # on any device; changed in place
                  source: str | Path,  # our own checkpoint or run folder, a released AFA checkpoint, an encoder's weights, a hub name, or "auto": `pretrained` of the network's variant
-                 verbose: bool = True) -> dict:  # `kind`, `file`, and the names `loaded`, `missing` in the source, `unused` from it
+                 verbose: bool = True,
+                 classes: list[str] | None = None,  # the network's class names; where a run's folder lists others, what tells classes apart is left as it is
+                ) -> dict:  # `kind`, `file`, and the names `loaded`, `missing` in the source, `unused` from it
     "Fills `net` and says what was loaded and what was not. Raises `FileNotFoundError`, and `ValueError` for a file that is unreadable or of another architecture; never unpickles code."
     path, own = find_weights(pretrained(net.variant) if source == "auto" else source), net.state_dict()
     state = read_state(path)
     try: state, kind = convert_weights(state)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    names = Path(source).expanduser() / "classes.txt"
+    if classes and names.is_file() and names.read_text().splitlines() != list(classes):
+        if verbose: print(f"{source} was trained for other classes: the classifier and the decoder's last layer begin anew")
+        state = {k: v for k, v in state.items() if not k.startswith(_OF_CLASSES)} | {k: v for k, v in own.items() if k.startswith(_OF_CLASSES)}
     there = state.get("classifier.weight", own["classifier.weight"])
     if len(there) != net.num_classes - 1: raise ValueError(f"{path} ({kind}) was trained for {len(there) + 1} classes with the background, this network has {net.num_classes}: make it with num_classes={len(there) + 1}.")
     if bad := _misfits(own, state, kind):

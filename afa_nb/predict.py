@@ -77,6 +77,7 @@ class Predictor:
                  long_side: int | str | None = "protocol",  # see `evaluation.predict`
                  crf: bool = False,  # refine with the dense CRF: sharper outlines, about a second a picture
                  max_side: int = 1024):  # pixels; a longer picture is reduced to this first
+        if crf: evaluation._crf_class()  # says now what is missing
         if len(classes) != net.num_classes: raise ValueError(f"the network has {net.num_classes} classes with the background, but {len(classes)} names are given")
         if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
         self.net, self.classes, self.protocol, self.crf, self.max_side = net.eval(), list(classes), protocol, crf, max_side
@@ -147,6 +148,7 @@ def _listed(images, out):
     for source in map(Path, [images] if isinstance(images, (str, os.PathLike)) else images):
         source = source.expanduser()
         if not source.exists(): raise FileNotFoundError(f"{source}: no such image or folder")
+        if source.is_dir() and source.resolve() == out.resolve(): raise ValueError(f"{out} is the folder of pictures itself: choose another folder for the masks")
         found = {file: source / file for file in sorted(_images_below(source, out))} if source.is_dir() else {source.name: source}
         if not found: raise ValueError(f"{source}: there is no picture in this folder")
         for file, path in found.items(): yield str(PurePosixPath(file).with_suffix("")), path
@@ -172,7 +174,8 @@ class _Table:
 def read_confidences(path  # of `confidence.csv`
                     ) -> dict:  # name → {tag: probability}
     "The table of a folder of masks."
-    with open(path, newline="", encoding="utf-8") as f: return {row.pop("image"): {tag: float(p) for tag, p in row.items()} for row in csv.DictReader(f)}
+    with open(path, newline="", encoding="utf-8") as f: (_, *tags), *rows = csv.reader(f)
+    return {name: dict(zip(tags, map(float, probabilities))) for name, *probabilities in rows}
 
 # %% ../nbs/15_predict.ipynb #34-15-predict
 def _open_out(out: Path, settings: dict, overwrite: bool):
@@ -212,7 +215,10 @@ def predict_folder(predictor: Predictor,
     "A mask for every picture. Raises as `find_pictures`, `OSError` if `out` cannot be written to, `ValueError` if it holds masks of other settings, for an unknown tag, or a picture without a row in `tags`."
     out = Path(out).expanduser()
     files = find_pictures(images, out)
-    allowed = {name: predictor.allowed(t) for name, t in _tags_of(files, tags).items()}
+    allowed = {}
+    for name, t in _tags_of(files, tags).items():
+        try: allowed[name] = predictor.allowed(t)
+        except ValueError as e: raise ValueError(f"{files[name]}: {e}") from None
     _open_out(out, predictor.settings() | dict(tags=None if tags is None else hashlib.sha256(json.dumps(sorted(tags.items())).encode()).hexdigest()[:16]), overwrite)
     drawn = lambda name: out / "overlays" / f"{name}.jpg"
     whole = lambda name: not overwrite and (out / f"{name}.png").exists() and (not overlays or drawn(name).exists())

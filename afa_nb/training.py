@@ -10,9 +10,10 @@ __all__ = ['SUPERVISION', 'PRESETS', 'Config', 'preset', 'configure', 'check', '
            'evaluation_settings', 'load_run', 'evaluate_run']
 
 # %% ../nbs/13_training.ipynb #02-13-training
-import contextlib, hashlib, json, math, os, random, shutil, time
+import contextlib, hashlib, json, math, os, random, shutil, signal, threading, time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class Config:
     val_split: str = "val"
     tags: str | None = None  # tagged images: the table of tags; VOC: the source of the labels, as in `data.voc`
     masks: str | None = None  # tagged images: a folder of masks for some of them, for the evaluation
+    max_side: int | None = None  # pixels: longer pictures, and their masks, are reduced to this first
     # network
     backbone: str = "mit_b1"  # a row of `encoder.VARIANTS`
     weights: str = "auto"  # "auto": the encoder's ImageNet weights from the hub; "none": random; else what `load_weights` takes
@@ -53,6 +55,7 @@ class Config:
     pooling: str | float = "max"  # or a share in (0,1]
     decoder_dim: int = 256
     drop_path: float = .1  # stochastic depth of the encoder
+    released_start: bool = True  # affinity head and decoder begin as in the released code, see below
     # schedule, in iterations
     max_iters: int = 20_000
     cam_iters: int = 2_000  # until here only the classification loss
@@ -99,6 +102,16 @@ class Config:
     num_workers: int = 4
     seed: int = 0
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, list): setattr(self, name, tuple(value))
+            elif isinstance(value, float) and int in _kinds(name) and float not in _kinds(name) and value.is_integer(): setattr(self, name, int(value))  # 1e3
+
+# %% ../nbs/13_training.ipynb #05d-13-training
+def _kinds(name): return get_args(_TYPES[name]) or (_TYPES[name],)
+
+_TYPES = {f.name: f.type for f in fields(Config)}
+
 # %% ../nbs/13_training.ipynb #05b-13-training
 SUPERVISION = dict(
     afa="AFA: the CAM refined, later propagated along the learned affinity",
@@ -112,10 +125,10 @@ SUPERVISION = dict(
 PRESETS = dict(
     voc=dict(precision="auto"),
     coco=dict(precision="auto", run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
-    demo=dict(run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=700, cam_iters=200, aff_iters=340,
+    demo=dict(released_start=False, run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=700, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., decoder_lr_ratio=4., norm_lr_ratio=1., lambda_aff=.3, lambda_reg=8., crop_size=96, scale=(1., 1.5), long_side=None,
               drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=175, eval_limit=40, save_every=70, log_every=20, num_workers=0),
-    own=dict(precision="auto", run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
+    own=dict(precision="auto", max_side=512, run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
 
 def preset(name: str,  # a row of `PRESETS`
@@ -140,10 +153,11 @@ def configure(data_root: str | None = None,  # a folder that `data.layout` knows
     else: say("Data: no data_root given and no VOC found, so this is the embedded demo data set, shapes.")
     layout = data.layout(found, changes.get("tags")) if found else None
     name = preset_name if preset_name != "auto" else dict(voc="voc", coco="coco", tagged="own").get(layout, "demo")
-    config = preset(name, data_root=str(found) if found else None, **changes)
+    found = str(Path(found)) if found else None  # the same run with and without a slash at the end
+    config = preset(name, data_root=found, **changes)
     if layout == "tagged" and not changes.get("max_iters"):  # many images: the 15 passes over them that the paper makes over VOC
         iterations = round(15 * len(data.load(found, tags=config.tags)) / config.batch_size)
-        if iterations > config.max_iters: config = preset(name, data_root=str(found), **changes | dict(max_iters=iterations))
+        if iterations > config.max_iters: config = preset(name, data_root=found, **changes | dict(max_iters=iterations))
     if layout == "voc" and not changes.get("train_split"): config = replace(config, train_split=_train_split(found, config.train_split, say))
     if not changes.get("run_dir"): config = replace(config, run_dir=f"runs/{Path(found).name if found else 'shapes'}-{config.backbone}-seed{config.seed}")
     check(config)
@@ -159,19 +173,32 @@ def _train_split(root, split, say):
     return "train"
 
 # %% ../nbs/13_training.ipynb #10-13-training
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list", type(None): "none"}
+
 def check(config: Config):
     "Raises `ValueError` naming the first setting that makes no sense, before anything is computed."
     c = config
+    for name, value in vars(c).items():
+        kinds = _kinds(name)
+        if not (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)) or float in kinds and isinstance(value, int) and not isinstance(value, bool)):
+            raise ValueError(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {value!r}")
     variant_of(c.backbone)
     rules = [
         (c.supervision in SUPERVISION, f"supervision must be one of {', '.join(SUPERVISION)}, not {c.supervision!r}"),
         (0 <= c.drop_path < 1, f"drop_path must lie in [0,1), not {c.drop_path}"),
         (c.stride in (8, 16, 32), f"stride must be 8, 16 or 32, not {c.stride}"),
+        (c.pooling == "max" or isinstance(c.pooling, float) and 0 < c.pooling <= 1 or c.pooling == 1, f'pooling must be "max" or a share in (0,1], not {c.pooling!r}'),
+        (c.decoder_dim >= 1, f"decoder_dim must be at least 1, not {c.decoder_dim}"),
+        (c.max_side is None or c.max_side >= 32, f"max_side must be at least 32 pixels or None, not {c.max_side}"),
+        (c.long_side is None or c.long_side >= 64, f"long_side must be at least 64 pixels or None, not {c.long_side}"),
         (c.crop_size >= c.stride, f"crop_size {c.crop_size} is smaller than the stride {c.stride}: a crop must hold at least one token"),
-        (int(min(c.cam_scales) * c.crop_size) >= 32, f"crop_size {c.crop_size} at the smallest of cam_scales {c.cam_scales} is below 32 pixels, the least the encoder takes"),
+        (len(c.cam_scales) > 0 and min(c.cam_scales) > 0, f"cam_scales must be positive numbers, at least one, not {c.cam_scales}"),
+        (int(min(c.cam_scales, default=1) * c.crop_size) >= 32, f"crop_size {c.crop_size} at the smallest of cam_scales {c.cam_scales} is below 32 pixels, the least the encoder takes"),
         (c.max_iters >= 1, f"max_iters must be at least 1, not {c.max_iters}"),
         (0 <= c.cam_iters <= c.aff_iters, f"need 0 <= cam_iters <= aff_iters, not {c.cam_iters} and {c.aff_iters}"),
-        (c.batch_size >= 1 and c.accumulate >= 1 and c.batch_size % c.accumulate == 0, f"batch_size {c.batch_size} must be a multiple of accumulate {c.accumulate}"),
+        (min(c.cam_iters, c.warmup_iters) >= 0, f"warmup_iters must not be negative, not {c.warmup_iters}"),
+        (c.batch_size >= 1 and c.accumulate >= 1, f"batch_size {c.batch_size} and accumulate {c.accumulate} must be at least 1"),
+        (c.batch_size % max(1, c.accumulate) == 0, f"batch_size {c.batch_size} must be a multiple of accumulate {c.accumulate}"),
         (c.lr > 0 and c.head_lr_ratio > 0 and (c.decoder_lr_ratio is None or c.decoder_lr_ratio > 0) and c.norm_lr_ratio >= 0 and c.weight_decay >= 0, "lr, head_lr_ratio and decoder_lr_ratio must be positive, norm_lr_ratio and weight_decay not negative"),
         (min(c.lambda_seg, c.lambda_aff, c.lambda_reg) >= 0, "the loss weights lambda_* must not be negative"),
         (0 <= c.low <= c.high <= 1, f"need 0 <= low <= high <= 1, not {c.low} and {c.high}"),
@@ -182,10 +209,12 @@ def check(config: Config):
         (c.precision != "fp16" or torch.cuda.is_available(), 'precision "fp16" needs a GPU; this machine has none: take "auto", "fp32" or "bf16"'),
         (min(c.eval_every, c.save_every, c.log_every) >= 1, "eval_every, save_every and log_every must be at least 1"),
         (c.eval_limit is None or c.eval_limit >= 1, f"eval_limit must be at least 1 or None, not {c.eval_limit}"),
+        (c.seed >= 0, f"seed must not be negative, not {c.seed}"),
         (c.num_workers >= 0, f"num_workers must not be negative, not {c.num_workers}"),
     ]
     for fine, message in rules:
         if not fine: raise ValueError(message)
+    PAR(c.dilations, c.par_iters)
     TrainTransform(c.crop_size, c.scale, c.flip, c.color_jitter)
     if c.weights == "auto": pretrained(c.backbone)
     elif c.weights != "none": find_weights(c.weights)
@@ -242,7 +271,11 @@ def open_data(config: Config) -> tuple:  # train (with masks for full supervisio
 
 def open_split(config: Config, split: str, masks: bool):
     "One split of a run's data, with masks or without."
-    return data.load(shapes_root() if config.data_root is None else config.data_root, split, masks, config.tags, config.masks)
+    if config.data_root is not None and not Path(config.data_root).is_absolute() and not Path(config.data_root).expanduser().exists():
+        raise FileNotFoundError(f"{config.data_root}: no such folder in {Path.cwd()}, from where it is named; {config.run_dir} was perhaps trained from another")
+    dataset = data.load(shapes_root() if config.data_root is None else config.data_root, split, masks, config.tags, config.masks)
+    dataset.max_side = config.max_side
+    return dataset
 
 # %% ../nbs/13_training.ipynb #26c-13-training
 def on_device(batch: dict, device) -> dict:
@@ -391,7 +424,7 @@ def load_checkpoint(folder: Path, net, optimizer, accelerator) -> int:
     return state["step"]
 
 # %% ../nbs/13_training.ipynb #36-13-training
-_MAY_DIFFER = {"run_dir", "num_workers", "log_every", "save_every"}  # settings that do not change what is learned
+_MAY_DIFFER = {"run_dir", "num_workers", "log_every", "save_every", "eval_every", "eval_limit", "val_split", "masks"}  # settings that do not change what is learned
 
 def _settings_before(path):
     "What the run has begun with; nothing if it has not."
@@ -399,17 +432,21 @@ def _settings_before(path):
     except ValueError as e: raise ValueError(f"{path} cannot be read ({e}): repair it or choose another run_dir") from e
 
 def open_run(config: Config, classes: list[str]) -> Path:
-    "Makes the run's folder, or checks that the run in it has the same settings. Raises `ValueError` naming those that differ."
+    "Makes the run's folder, or checks that the run in it has the same classes and settings. Raises `ValueError` naming those that differ. A run without a checkpoint has not begun."
     run_dir, now = Path(config.run_dir), json.loads(json.dumps(asdict(config)))
-    path = run_dir / "config.json"
-    if before := _settings_before(path):
-        before = json.loads(json.dumps(asdict(Config()))) | before  # a setting that is younger than the run
-        different = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k not in _MAY_DIFFER and before[k] != v]
+    path, names = run_dir / "config.json", run_dir / "classes.txt"
+    if any(run_dir.glob("checkpoints/step-*")) and (before := _settings_before(path)):
+        before, may_differ = json.loads(json.dumps(asdict(Config(released_start=False)))) | before, _MAY_DIFFER - ({"masks"} if config.supervision == "mask" else set())  # a setting that is younger than the run
+        different = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k not in may_differ and before[k] != v]
         if different: raise ValueError(f"{run_dir} holds a run with other settings ({'; '.join(different)}). Choose another run_dir, or the same settings to continue it.")
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "classes.txt").write_text("\n".join(classes) + "\n")
-        with atomic_write(path) as file: file.write_text(json.dumps(now, indent=1))
+        had = names.read_text().splitlines() if names.exists() else classes
+        if had != list(classes):
+            changes = [f"{word} {', '.join(c for c in those if c not in others)}" for word, those, others in (("new are", classes, had), ("gone are", had, classes)) if set(those) - set(others)]
+            raise ValueError(f"{run_dir} holds a run with other classes ({'; '.join(changes) or 'in another order'}). Choose another run_dir, or the same data to continue it.")
+        if now == before: return run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_write(names) as file: file.write_text("\n".join(classes) + "\n")
+    with atomic_write(path) as file: file.write_text(json.dumps(now, indent=1))
     return run_dir
 
 def read_metrics(run_dir) -> list[dict]:
@@ -437,7 +474,8 @@ def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
     "The network of a run with the weights it starts from."
     torch.manual_seed(config.seed)
     net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
-    if config.weights != "none": load_weights(net, config.weights, verbose)
+    if config.released_start: torch.nn.init.kaiming_normal_(net.affinity_head.proj.weight, a=5 ** .5, mode="fan_out")
+    if config.weights != "none": load_weights(net, config.weights, verbose, classes)
     return net
 
 def _arranged(net, config):
@@ -533,6 +571,24 @@ def _start(config, classes, accelerator, say, verbose):
         say(f"{run_dir}: " + (f"continuing at step {start}" if start < config.max_iters else "this run is finished"))
     return run_dir, net, optimizer, start
 
+# %% ../nbs/13_training.ipynb #x94716126
+@contextlib.contextmanager
+def _interrupts_wait():
+    "A first Ctrl-C inside only makes the function that this gives say True; a second one stops at once."
+    asked = []
+    if threading.current_thread() is not threading.main_thread(): yield lambda: False; return
+    def ask(*_):
+        if asked: raise KeyboardInterrupt
+        asked.append(True)
+    before = signal.signal(signal.SIGINT, ask)
+    try: yield lambda: bool(asked)
+    finally: signal.signal(signal.SIGINT, before)
+
+def _idle(net, config):
+    "What learns nothing before `cam_iters`, where it is to begin as in the released code."
+    if not config.released_start or config.supervision == "mask": return []
+    return [p for name, p in net.named_parameters() if name.removeprefix("module.").startswith(("decoder.", "affinity_head."))]
+
 # %% ../nbs/13_training.ipynb #40-13-training
 def train(config: Config, live: bool = False,  # draw the curves in the notebook while training
           verbose: bool = True, ladder=LADDER,  # rungs of the evaluation at the end; () leaves it out
@@ -556,27 +612,37 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     if start < stop and ladder: _check_rungs(_rungs(ladder, config))  # a rung without what it needs fails now and not after the training
     if config.cam_iters >= config.max_iters and config.supervision != "mask": say(f"cam_iters {config.cam_iters} is not below max_iters {config.max_iters}: only the classifier learns.")
     bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2, file=_Line() if live and main else None)
-    for step in bar:
-        for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.lr * group["ratio"], config.max_iters, config.warmup_iters)
-        for _ in range(config.accumulate):
-            batch = next(batches)
-            num_present = int(batch["class_labels"].sum(1).max())  # asked before the batch leaves for the device
-            batch = on_device(batch, accelerator.device)
-            with accelerator.accumulate(net):
-                with accelerator.autocast(): loss, losses = training_step(net, labeller, batch, num_present, step)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            window.add(losses, step)
-        done, last = step + 1, step + 1 == stop
-        if done % config.log_every == 0 or last: bar.set_postfix(_log(metrics, window, done, optimizer, config, accelerator), refresh=False)
-        if done % config.eval_every == 0 and done < config.max_iters and valset is not None:
-            window.check(run_dir)
-            with window.paused(): _measure(net, valset, metrics, done, config, _WHILE_TRAINING, config.eval_limit, accelerator)
-            curves()
-        if done % config.save_every == 0 or last:
-            window.check(run_dir)
-            with window.paused(): save_checkpoint(run_dir, done, net, optimizer, accelerator)
+    idle, alone = _idle(net, config), accelerator.num_processes == 1
+    if valset is not None and _due(start, config) and not any(r["kind"] == "eval" and r["step"] == start for r in metrics.rows):  # stopped between checkpoint and evaluation
+        _measure(net, valset, metrics, start, config, _WHILE_TRAINING, config.eval_limit, accelerator)
+    with _interrupts_wait() if alone else contextlib.nullcontext(lambda: False) as interrupted:
+        for step in bar:
+            for group in optimizer.param_groups: group["lr"] = learning_rate(step, config.lr * group["ratio"], config.max_iters, config.warmup_iters)
+            for _ in range(config.accumulate):
+                try: batch = next(batches)
+                except Exception:  # a picture that cannot be read: what was learned stays
+                    if alone and step > start: save_checkpoint(run_dir, step, net, optimizer, accelerator)
+                    raise
+                num_present = int(batch["class_labels"].sum(1).max())  # asked before the batch leaves for the device
+                batch = on_device(batch, accelerator.device)
+                with accelerator.accumulate(net):
+                    with accelerator.autocast(): loss, losses = training_step(net, labeller, batch, num_present, step)
+                    accelerator.backward(loss)
+                    if step < config.cam_iters:
+                        for p in idle: p.grad = torch.zeros_like(p)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                window.add(losses, step)
+            done, last = step + 1, step + 1 == stop
+            if done % config.log_every == 0 or last: bar.set_postfix(_log(metrics, window, done, optimizer, config, accelerator), refresh=False)
+            if done % config.save_every == 0 or last or interrupted():
+                window.check(run_dir)
+                with window.paused(): save_checkpoint(run_dir, done, net, optimizer, accelerator)
+            if interrupted(): raise KeyboardInterrupt(f"{run_dir} is saved at step {done}; the same call continues it")
+            if _due(done, config) and valset is not None:
+                window.check(run_dir)
+                with window.paused(): _measure(net, valset, metrics, done, config, _WHILE_TRAINING, config.eval_limit, accelerator)
+                curves()
     if stop == config.max_iters: _finish(net, valset, metrics, config, ladder, accelerator)
     curves()
     return run_dir
@@ -625,7 +691,10 @@ def _rungs(ladder, config):
     if rungs := tuple(rung for rung in ladder if rung.startswith("seg")): return rungs
     raise ValueError(f"a network that learned from masks has no CAM: of {', '.join(ladder)} it has no rung, take some that begin with seg")
 
+# %% ../nbs/13_training.ipynb #x77841158
 _WHILE_TRAINING = "cam", "cam_par", "propagated_par", "seg"
+
+def _due(step, config): return step > 0 and step % config.eval_every == 0 and step < config.max_iters
 
 def _measure(net, valset, metrics, step, config, ladder, limit, accelerator, final=False):
     "One more evaluation on val; the weights that segmented the same images best so far stay in `best/`."
@@ -677,11 +746,13 @@ class _Line:
 def load_run(run_dir,  # of `train`
              best: bool = False,  # the weights that segmented val best, instead of the last ones
             ) -> tuple:  # the network in evaluation mode, its Config, the class names
-    "What a run has learned. Raises `FileNotFoundError` if it has no whole checkpoint yet."
+    "What a run has learned. Raises `FileNotFoundError` if it has no whole checkpoint yet, `ValueError` if its settings cannot be read."
     run_dir = Path(run_dir)
     if not (run_dir / "config.json").exists(): raise FileNotFoundError(f"{run_dir} holds no config.json: is it a run's folder?")
-    values = json.loads((run_dir / "config.json").read_text())
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} | dict(run_dir=str(run_dir)))
+    values = _settings_before(run_dir / "config.json")
+    if unknown := set(values) - set(_TYPES): raise ValueError(f"{run_dir / 'config.json'}: unknown setting {', '.join(sorted(unknown))}: is it of a later version?")
+    config = Config(**values | dict(run_dir=str(run_dir)))
+    if not (run_dir / "classes.txt").exists(): raise FileNotFoundError(f"{run_dir / 'classes.txt'} is gone: one class name a line, background first")
     classes = (run_dir / "classes.txt").read_text().splitlines()
     net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
     folder = run_dir / "best" if best else newest_checkpoint(run_dir)

@@ -531,6 +531,49 @@ def test_odd_tags_work(own):
     assert any("On every image: 猫" in p for p in data.problems(dataset)) and "Left out for want of tags: c.jpg, deep/d.jpg." in data.problems(dataset)
 
 
+def test_tables_as_people_write_them(own):
+    "Without a heading, several tags in one cell; an accent kept apart from its letter, as some file systems do."
+    photo(own / "Ku\u0308he.jpg")
+    (own / "tags.csv").write_text("a.jpg,cow;dog\nb.png,cow|dog\nK\u00fche.jpg,dog\n")
+    dataset = tagged_images(own)
+    assert dataset.classes == ["background", "cow", "dog"] and dataset.class_labels.tolist() == [[1, 1], [1, 1], [0, 1]] and dataset[2]["image"].shape[0] == 3
+    (own / "x.heic").write_bytes(b"heic")
+    for name, message in [("A.JPG", "no such image, but tags.csv lists it; a.jpg is there"), ("x.heic", "is no format that can be read here: save it as JPEG or PNG")]:
+        (own / "tags.csv").write_text(f"image,tags\n{name},cow\n")
+        with pytest.raises(FileNotFoundError, match=message) as error: tagged_images(own)
+        print(error.value)
+    (own / "tags.csv").write_text("image,tags\na.jpg,Cow\nb.png,cow\n")
+    assert any("Written in two ways, which makes two classes: cow." in p for p in data.problems(tagged_images(own)))
+
+
+def test_linked_folders_are_followed_but_not_in_circles(own, tmp_path):
+    (own / "a.jpg").unlink(), (own / "b.png").unlink(), (own / "c.jpg").unlink()
+    photo(tmp_path / "elsewhere/e.jpg")
+    (own / "cow").symlink_to(tmp_path / "elsewhere")
+    (own / "deep/round").symlink_to(own)
+    assert tagged_images(own).counts() == dict(cow=1, deep=1)
+
+
+def test_long_pictures_are_reduced_with_their_masks(own):
+    (own / "tags.csv").write_text("image,tags\na.jpg,cow\nb.png,background\n")
+    (own / "masks").mkdir()
+    save_mask(mask_with(1), own / "masks/a.png")
+    dataset = tagged_images(own, masks=own / "masks")
+    whole = dataset[0]
+    dataset.max_side = 30
+    sample, (H, W) = dataset[0], whole["image"].shape[1:]
+    assert max(H, W) > 30 == max(sample["image"].shape) and sample["image"].shape[1:] == sample["mask"].shape == (round(30 * H / max(H, W)), round(30 * W / max(H, W)))
+    assert set(sample["mask"].unique().tolist()) <= set(whole["mask"].unique().tolist()) and sample["image"].dtype == torch.uint8
+    dataset.max_side = 1000
+    assert torch.equal(dataset[0]["image"], whole["image"])
+
+
+@pytest.mark.parametrize("values, expected", [(np.float32([[0, .5, 1]]), [0, 127, 255]), (np.float32([[0, 100, 255]]), [0, 100, 255]), (np.int32([[0, 100, 255]]), [0, 100, 255]), (np.int32([[0, 25700, 65535]]), [0, 100, 255])])
+def test_numbers_of_32_bits(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    assert np.asarray(data.read_image(tmp_path / "a.tiff"))[0, :, 0].tolist() == expected
+
+
 def small(root, run, **changes):
     from afa_nb.training import configure
     return configure(str(root), backbone="mit_tiny", weights="none", max_iters=4, cam_iters=1, aff_iters=2, crop_size=64, batch_size=2, stride=8, decoder_dim=16, num_workers=0, save_every=2, eval_every=2,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from safetensors.torch import load_file
 
 from afa_nb import training
 from afa_nb.data import save_mask, voc
+from afa_nb.evaluation import LADDER, ladder_labels, predict
+from afa_nb.model import AFANet
 from afa_nb.shapes import make_shapes
 from afa_nb.training import NotFinite, check, evaluate_run, preset, read_metrics, train
+from afa_nb.transforms import normalize
 
 SHORT = dict(max_iters=12, cam_iters=3, aff_iters=6, warmup_iters=2, crop_size=64, batch_size=4, eval_every=100, save_every=3, log_every=3)
 
@@ -135,6 +139,17 @@ def test_best_weights_are_compared_on_the_same_images(root, tmp_path):
     assert step == max(part, key=part.get) and set(part) == {4, 8, 12}
 
 
+@pytest.mark.parametrize("size", [(20, 24), (400, 20), (12, 300)])
+def test_small_and_thin_pictures_are_measured_too(size):
+    generator = torch.Generator().manual_seed(0)
+    image, mask = torch.randint(0, 256, (1, 3, *size), generator=generator, dtype=torch.uint8), torch.randint(0, 3, (1, *size), generator=generator, dtype=torch.uint8)
+    torch.manual_seed(0)
+    net = AFANet(3, "mit_tiny", stride=8, decoder_dim=16).eval()
+    for long_side in (None, 512):
+        labels = ladder_labels(net, image, torch.tensor([[1., 1]]), (*LADDER, "raw_attention_par", "oracle_par"), long_side=long_side, mask=mask)
+        assert all(label.shape == mask.shape for label in labels.values()) and predict(net, normalize(image), long_side=long_side).shape == (1, 3, *size)
+
+
 def test_a_ladder_without_the_segmentation(root, tmp_path):
     run = train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT), verbose=False, ladder=("cam",))
     assert {"cam", "seg"} <= set(read_metrics(run)[-1]) and (run / "best" / "model.safetensors").exists()
@@ -159,6 +174,77 @@ def test_a_run_keeps_the_precision_it_has_begun_with(root, tmp_path, monkeypatch
     assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bf16"
     with pytest.raises(ValueError, match="precision was 'bf16', now 'fp32'"):
         train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), precision="fp32", **SHORT), verbose=False)
+
+
+def test_other_classes_are_refused_and_a_run_that_has_not_begun_is_replaced(root, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    names = [f"train_{i:05d}" for i in range(4)]
+    for name in names: Image.open(root / "JPEGImages" / f"{name}.png").save(photos / f"{name}.png")
+    table = "image,tags\n" + "".join(f"{name},{tag}\n" for name, tag in zip(names, ("car", "cow", "car;cow", "background")))
+    (photos / "tags.csv").write_text(table)
+    settings = preset("demo", data_root=str(photos), run_dir=str(tmp_path / "run"), train_split="all", val_split="masked", **SHORT)
+    training.open_run(replace(settings, batch_size=2), ["background", "car", "cow"])  # as a start that ran out of memory leaves it
+    train(settings, verbose=False, until=6)
+    (photos / "tags.csv").write_text(table.replace("car", "train"))
+    with pytest.raises(ValueError, match=r"other classes \(new are train; gone are car\)"): train(settings, verbose=False)
+    (photos / "tags.csv").write_text(table)
+    (photos / "masks").mkdir()
+    for name in names[:2]: save_mask(np.ones((64, 64), np.uint8), photos / "masks" / f"{name}.png")
+    train(settings, verbose=False)
+    run = train(replace(settings, masks=str(photos / "masks")), verbose=False)  # masks may come later: they only measure
+    assert read_metrics(run)[-1]["images"] == 2 and training.load_run(run)[1].masks
+
+
+def test_what_was_learned_stays_when_a_picture_cannot_be_read(root, whole, tmp_path, monkeypatch):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT | dict(save_every=100))
+    batches = training._batches
+
+    def breaking(*args):
+        for i, batch in enumerate(batches(*args)):
+            if i == 5: raise OSError("a.jpg: cannot be read")
+            yield batch
+
+    monkeypatch.setattr(training, "_batches", breaking)
+    with pytest.raises(OSError, match="a.jpg"): train(config, verbose=False)
+    monkeypatch.setattr(training, "_batches", batches)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
+    assert same(weights(train(config, verbose=False)), weights(whole))
+
+
+def test_an_interrupt_saves_the_step(root, whole, tmp_path, monkeypatch):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT | dict(save_every=100))
+    step = training.training_step
+
+    def interrupted(net, labeller, batch, num_present, i):
+        if i == 4: os.kill(os.getpid(), signal.SIGINT)
+        return step(net, labeller, batch, num_present, i)
+
+    monkeypatch.setattr(training, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="saved at step 5"): train(config, verbose=False)
+    monkeypatch.setattr(training, "training_step", step)
+    assert same(weights(train(config, verbose=False)), weights(whole))
+
+
+def test_an_evaluation_that_was_missed_is_made_up_for(root, tmp_path, monkeypatch):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT | dict(eval_every=3))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_measure", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError): train(config, verbose=False)
+    steps = [r["step"] for r in read_metrics(train(config, verbose=False, ladder=("seg",))) if r["kind"] == "eval"]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_released_start(root, tmp_path):
+    "While only the classification learns, decoder and affinity head make steps with a gradient of zero: they shrink by the weight decay alone, and Adam counts."
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), released_start=True, **SHORT | dict(drop_path=0.))
+    run = train(config, verbose=False, until=3)
+    fresh, after = training.build(config, training.open_data(config)[0].classes).state_dict(), weights(run, 3)
+    state = torch.load(run / "checkpoints/step-00000003/state.pt", weights_only=True)["optimizer"]["state"]
+    assert all(float(s["step"]) == 3 for s in state.values()) and len(state) == len(list(training.load_run(run)[0].parameters()))
+    ratio = after["affinity_head.proj.weight"] / fresh["affinity_head.proj.weight"]
+    assert .99 < ratio.min() == pytest.approx(ratio.max().item(), abs=1e-6) and ratio.max() < 1
+    assert .2 < fresh["affinity_head.proj.weight"].std() < 1.2
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):

@@ -119,23 +119,20 @@ def _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_prese
     maps, index = _compete(cam, class_labels, scores, grid, num_present)
     return resize_bilinear(random_walk(maps, affinity, radius, alpha), image.shape[-2:]), index
 
-def _is_padded(box, size): return box is not None and box.tolist() != [[0, size[0], 0, size[1]]] * len(box)
-
-def _refine_pictures(par, image, maps, box):
-    "`maps` (B,C,H,W) refined by PAR at half resolution inside the box of each image."
-    images_of, refined = {}, maps.clone()
-    for b, area in enumerate(box.tolist()): images_of.setdefault(tuple(area), []).append(b)
-    for (y0, y1, x0, x1), rows in images_of.items():
-        if min(y1 - y0, x1 - x0) < 2: continue  # too small to be halved
-        part = rows, slice(None), slice(y0, y1), slice(x0, x1)
+def _inside(par, image, maps, refined, box):
+    "`refined` (B,C,H,W), and for the images of padded crops what PAR makes of picture and `maps` alone, without the padding."
+    H, W = image.shape[-2:]
+    for b, (y0, y1, x0, x1) in enumerate([] if box is None else box.tolist()):
+        if (y0, y1, x0, x1) == (0, H, 0, W) or min(y1 - y0, x1 - x0) < 2: continue  # nothing to cut off, or too little left to be halved
+        part = slice(b, b + 1), slice(None), slice(y0, y1), slice(x0, x1)
         refined[part] = resize_bilinear(par(half(image[part]), maps[part]), (y1 - y0, x1 - x0))
     return refined
 
 @torch.no_grad()
 def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None, box=None):
-    walked, index = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
-    if par is not None and _is_padded(box, image.shape[-2:]): walked, par = _refine_pictures(par, image, walked, box), None
-    return _decide(par, image, walked, index, scores, kernel)
+    maps, index = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
+    if par is not None: maps = _inside(par, image, maps, resize_bilinear(par(half(image), maps, kernel), image.shape[-2:]), box)
+    return _decide(None, image, maps, index, scores, None)
 
 # %% ../nbs/09_pseudo_labels.ipynb #35-09-pseudo-labels
 def propagated_labels(par, image, cam,  # as in `refined_labels`
@@ -144,7 +141,7 @@ def propagated_labels(par, image, cam,  # as in `refined_labels`
                       box=None,  # (B,4) rows (y0,y1,x0,x1), on the CPU: nothing else is looked at, and outside is ignored
                       radius: int = 8, alpha: float = 2,  # of the random walk
                       num_present: int | None = None,  # as in `present_classes`
-                      kernel: torch.Tensor | None = None,  # `par.kernel(half(image))`, to use it again where no image is padded
+                      kernel: torch.Tensor | None = None,  # `par.kernel(half(image))`, to use it again for what is not padded
                      ) -> torch.Tensor:  # (B,H,W) long: class, 0 background, 255 ignored
     "Decisions 5 and 6: the CAM, against β_h and against β_l, takes a step of the random walk before PAR. This label supervises the segmentation. Raises `ValueError` for inputs that do not belong together."
     _check(image, cam, class_labels, low, high, box)
@@ -164,14 +161,12 @@ def propagated_label(par, image, cam, affinity, class_labels,  # as in `propagat
 def both_labels(par, image, cam, affinity, class_labels, low: float = .35, high: float = .55, box=None, radius: int = 8, alpha: float = 2,
                 num_present: int | None = None, kernel: torch.Tensor | None = None,  # all as in `propagated_labels`; `par` is not None
                ) -> tuple[torch.Tensor, torch.Tensor]:  # both (B,H,W) long
-    "What `refined_labels` and `propagated_labels` give, where it can in one go of PAR. Raises `ValueError` for inputs that do not belong together."
+    "What `refined_labels` and `propagated_labels` give, in one go of PAR but for padded crops. Raises `ValueError` for inputs that do not belong together."
     _check(image, cam, class_labels, low, high, box)
-    if _is_padded(box, image.shape[-2:]):
-        shared = dict(low=low, high=high, box=box, num_present=num_present, kernel=kernel)
-        return refined_labels(par, image, cam, class_labels, **shared), propagated_labels(par, image, cam, affinity, class_labels, radius=radius, alpha=alpha, **shared)
     scores, size = (high, low), [side // 2 for side in image.shape[-2:]]
     maps, index = _compete(cam, class_labels, scores, size, num_present)
     walked, _ = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
-    walked = F.interpolate(walked, size, mode="bilinear", align_corners=True)  # as PAR itself would
-    labels = _decide(par, image, torch.cat([maps, walked], 1), index, scores + scores, kernel)
-    return _agree(*labels[:2], box), _agree(*labels[2:], box)
+    small = F.interpolate(walked, size, mode="bilinear", align_corners=True)  # as PAR itself would
+    refined, propagated = resize_bilinear(par(half(image), torch.cat([maps, small], 1), kernel), image.shape[-2:]).chunk(2, 1)
+    labels = [_decide(None, image, m, index, scores, None) for m in (refined, _inside(par, image, walked, propagated, box))]
+    return _agree(*labels[0], box), _agree(*labels[1], box)

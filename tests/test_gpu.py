@@ -6,7 +6,9 @@ import torch
 
 from afa_nb.cam import multi_scale_cam
 from afa_nb.model import AFANet
-from afa_nb.training import Labeller, _Recorded, parameter_groups, preset, training_step
+from afa_nb.par import PAR
+from afa_nb.pseudo_labels import both_labels
+from afa_nb.training import Labeller, _Recorded, on_device, parameter_groups, preset, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,7 +26,7 @@ def batch(config, device):
     side = config.crop_size
     image = torch.randn(2, 3, side, side, generator=generator)
     made = dict(image=image, class_labels=torch.tensor([[1., 0, 0], [1., 1, 0]]), box=torch.tensor([[0, side, 0, side], [8, side - 8, 0, side]]))
-    return {k: v.to(device) for k, v in made.items()}
+    return on_device(made, device)
 
 
 @pytest.fixture
@@ -52,6 +54,16 @@ def test_recorded_passes_are_the_networks(config, precision):
         with torch.no_grad():
             for p in net.parameters(): p.mul_(1.01)  # what is recorded sees new weights
     assert len(recorded.graphs) == 4
+
+
+def test_propagated_labels_are_the_cpus():
+    "With a padded crop in the batch, and with none."
+    generator = torch.Generator().manual_seed(0)
+    image, cam, tags = torch.rand(3, 3, 64, 64, generator=generator), torch.rand(3, 2, 16, 16, generator=generator), torch.ones(3, 2)
+    S = torch.randn(3, 16, 16, generator=generator)
+    for box in (torch.tensor([[0, 64, 0, 64], [5, 60, 0, 33], [0, 64, 0, 64]]), None):
+        found, expected = (both_labels(PAR(num_iter=3), *(x.to(device) for x in (image, cam, (S + S.mT).sigmoid(), tags)), box=box, radius=1) for device in ("cuda", "cpu"))
+        for f, e in zip(found, expected): assert (f.cpu() == e).float().mean() > .999
 
 
 def test_step_does_not_wait_for_the_device(config):

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import data, par, pseudo_labels, training
 from .cam import class_activation, multi_scale_cam, topk_pool
 from .encoder import _Linear
-from .evaluation import PROTOCOLS, _no_main, peak_memory, predict
+from .evaluation import PROTOCOLS, _no_main, _usable_cores, peak_memory, predict
 from .losses import DenseEnergyLoss
 from .model import AFANet
 from .par import PAR
@@ -158,6 +158,11 @@ def _rounding(device, precision):  # "fp32", "tf32" or "bf16"; None: PyTorch's o
 def _precision(device, precision):
     "Computes inside with this precision: tf32 rounds the factors of float32 products on a GPU, bf16 is autocast."
     with _rounding(device, precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"): yield
+
+def _in_float32(device, f, result):
+    "What `f()` has given, on a GPU computed again: PyTorch's own rounding there is tf32 in convolutions."
+    if device.type != "cuda": return result
+    with _precision(device, "fp32"): return f()
 
 # %% ../nbs/16_benchmarks.ipynb #19-16-benchmarks
 try: import triton, triton.language as tl  # come with torch for GPUs
@@ -378,10 +383,7 @@ def cam_case(device, side: int = 320, classes: int = 21, batch: int = 2, backbon
 
     def naive(): return _whole_cam(net, image, scales)
 
-    def error(found, expected):
-        if device.type == "cuda":  # PyTorch's own rounding is tf32 in convolutions
-            with _precision(device, "fp32"): expected = naive()
-        return max((x.float() - y.float()).abs().max().item() for x, y in zip(found, expected))
+    def error(found, expected): return max((x.float() - y.float()).abs().max().item() for x, y in zip(found, _in_float32(device, naive, expected)))
 
     return Case(ours, naive, error, _network_floor(ours, precision), batch)
 
@@ -555,16 +557,11 @@ def inference_case(device, side: int = 320, classes: int = 21, batch: int = 2, b
 
     def naive(): return _whole_inference(net, image, long_side, PROTOCOLS["released"]["scales"])
 
-    def error(found, expected):
-        if device.type == "cuda":  # as for the CAM
-            with _precision(device, "fp32"): expected = naive()
-        return (found - expected).abs().max().item()
+    def error(found, expected): return (found - _in_float32(device, naive, expected)).abs().max().item()
 
     return Case(ours, naive, error, _network_floor(ours, precision), batch)
 
 # %% ../nbs/16_benchmarks.ipynb #65-16-benchmarks
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 def loader_case(device, crop: int = 512, batch: int = 8,
                 workers: int = 2,  # processes; 0: none beside this one
                 batches: int = 8,  # in one call
@@ -576,7 +573,7 @@ def loader_case(device, crop: int = 512, batch: int = 8,
 
     def floor(rates):
         read = lambda: [dataset[i % len(dataset)] for i in range(batch * batches)]
-        return _best(read, torch.device("cpu"), 3) / min(max(1, workers), _cores())
+        return _best(read, torch.device("cpu"), 3) / min(max(1, workers), _usable_cores())
 
     return Case(lambda: [next(loader) for _ in range(batches)], floor=floor, images=batch * batches)
 

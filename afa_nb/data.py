@@ -205,7 +205,7 @@ class Record(NamedTuple):
 
 # %% ../nbs/00_data.ipynb #40-00-data
 def _reduced(sample, max_side):
-    (H, W), size = sample["image"].shape[1:], sample["image"].shape[1:]
+    H, W = sample["image"].shape[1:]
     if max(H, W) <= max_side: return sample
     size = [max(1, round(side*max_side/max(H, W))) for side in (H, W)]
     small = dict(image=resize(sample["image"], size, antialias=True))
@@ -269,8 +269,8 @@ FEW_IMAGES = 10 # a tag on fewer images is too rare to learn from
 def problems(dataset:TaggedImages) -> list[str]:
     "Sentences about what was left out of a data set and which tags cannot be learned from it."
     counts, found = dataset.counts(), list(dataset.notes)
-    if alike := [names for names in Counter(c.lower() for c in counts).items() if names[1] > 1]:
-        found.append(f"Written in two ways, which makes two classes: {_some([name for name, _ in alike])}.")
+    if alike := [c for c, n in Counter(c.lower() for c in counts).items() if n > 1]:
+        found.append(f"Written in two ways, which makes two classes: {_some(alike)}.")
     if everywhere := [c for c, n in counts.items() if n == len(dataset)]:
         found.append(f"On every image: {_some(everywhere)}. Nothing shows what an image without it looks like, so its place cannot be found: add images without it, tagged background if they show nothing else.")
     if rare := [f"{c} ({n})" for c, n in counts.items() if n < FEW_IMAGES]:

@@ -255,12 +255,12 @@ def load_weights(net: AFANet,  # on any device; changed in place
     try: state, kind = convert_weights(state)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     names = Path(source).expanduser() / "classes.txt"
-    if classes and names.is_file() and names.read_text().splitlines() != list(classes):
-        if verbose: print(f"{source} was trained for other classes: the classifier and the decoder's last layer begin anew")
-        state = {k: v for k, v in state.items() if not k.startswith(_OF_CLASSES)} | {k: v for k, v in own.items() if k.startswith(_OF_CLASSES)}
+    anew = _OF_CLASSES if classes and names.is_file() and names.read_text().splitlines() != list(classes) else ()
+    if anew and verbose: print(f"{source} was trained for other classes: the classifier and the decoder's last layer begin anew")
+    state = {k: v for k, v in state.items() if not k.startswith(anew)}
     there = state.get("classifier.weight", own["classifier.weight"])
     if len(there) != net.num_classes - 1: raise ValueError(f"{path} ({kind}) was trained for {len(there) + 1} classes with the background, this network has {net.num_classes}: make it with num_classes={len(there) + 1}.")
-    if bad := _misfits(own, state, kind):
+    if bad := _misfits({k: v for k, v in own.items() if not k.startswith(anew)}, state, kind):
         raise ValueError(f"{path} ({kind}) is of another architecture than this network: {'; '.join(bad[:3])}{f'; and {len(bad) - 3} more' if bad[3:] else ''}. Check variant and decoder_dim.")
     report = dict(kind=kind, file=str(path), loaded=[k for k in own if k in state], missing=[k for k in own if k not in state], unused=[k for k in state if k not in own])
     net.load_state_dict({k: state[k] for k in report["loaded"]}, strict=False)

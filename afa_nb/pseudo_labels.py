@@ -50,10 +50,9 @@ def _strongest(maps, index, size):
     "(B,M+1,h,w) → (B,H,W): the class, as the data set counts, of the strongest channel at full size."
     return in_classes(resize_bilinear(maps, size).argmax(1), index)
 
-def _decide(par, image, maps, index, scores, kernel):
-    "Refine, and one label (B,H,W) for each background score."
-    if par is not None: maps = par(half(image), maps, kernel)
-    return [_strongest(m, index, image.shape[-2:]) for m in maps.chunk(len(scores), 1)]
+def _decide(maps, index, scores, size):
+    "One label (B,H,W) for each background score."
+    return [_strongest(m, index, size) for m in maps.chunk(len(scores), 1)]
 
 # %% ../nbs/09_pseudo_labels.ipynb #15-09-pseudo-labels
 def _agree(label_high, label_low, box, ignore_index=255):
@@ -74,7 +73,8 @@ def _check(image, cam, class_labels, low, high, box=None):
 @torch.no_grad()
 def _refined(par, image, cam, class_labels, scores, num_present, kernel=None):
     maps, index = _compete(cam, class_labels, scores, [side // 2 for side in image.shape[-2:]], num_present)
-    return _decide(par, image, maps, index, scores, kernel)
+    if par is not None: maps = par(half(image), maps, kernel)
+    return _decide(maps, index, scores, image.shape[-2:])
 
 # %% ../nbs/09_pseudo_labels.ipynb #20-09-pseudo-labels
 def refined_labels(par,  # PAR(…) or PAMR(…); None leaves the CAM as it is
@@ -132,7 +132,7 @@ def _inside(par, image, maps, refined, box):
 def _propagated(par, image, cam, affinity, class_labels, scores, radius, alpha, num_present, kernel=None, box=None):
     maps, index = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
     if par is not None: maps = _inside(par, image, maps, resize_bilinear(par(half(image), maps, kernel), image.shape[-2:]), box)
-    return _decide(None, image, maps, index, scores, None)
+    return _decide(maps, index, scores, image.shape[-2:])
 
 # %% ../nbs/09_pseudo_labels.ipynb #35-09-pseudo-labels
 def propagated_labels(par, image, cam,  # as in `refined_labels`
@@ -168,5 +168,5 @@ def both_labels(par, image, cam, affinity, class_labels, low: float = .35, high:
     walked, _ = _walked(image, cam, affinity, class_labels, scores, radius, alpha, num_present)
     small = F.interpolate(walked, size, mode="bilinear", align_corners=True)  # as PAR itself would
     refined, propagated = resize_bilinear(par(half(image), torch.cat([maps, small], 1), kernel), image.shape[-2:]).chunk(2, 1)
-    labels = [_decide(None, image, m, index, scores, None) for m in (refined, _inside(par, image, walked, propagated, box))]
+    labels = [_decide(m, index, scores, image.shape[-2:]) for m in (refined, _inside(par, image, walked, propagated, box))]
     return _agree(*labels[0], box), _agree(*labels[1], box)

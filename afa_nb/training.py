@@ -180,7 +180,8 @@ def check(config: Config):
     c = config
     for name, value in vars(c).items():
         kinds = _kinds(name)
-        if not (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)) or float in kinds and isinstance(value, int) and not isinstance(value, bool)):
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and (bool in kinds or not isinstance(value, bool))  # a bool is an int to Python
+        if not fits:
             raise ValueError(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {value!r}")
     variant_of(c.backbone)
     rules = [
@@ -613,7 +614,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     if config.cam_iters >= config.max_iters and config.supervision != "mask": say(f"cam_iters {config.cam_iters} is not below max_iters {config.max_iters}: only the classifier learns.")
     bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2, file=_Line() if live and main else None)
     idle, alone = _idle(net, config), accelerator.num_processes == 1
-    if valset is not None and _due(start, config) and not any(r["kind"] == "eval" and r["step"] == start for r in metrics.rows):  # stopped between checkpoint and evaluation
+    if valset is not None and _due(start, config) and not any(r["kind"] == "eval" and r["step"] == start and r["split"] == config.val_split for r in metrics.rows):  # stopped between checkpoint and evaluation
         _measure(net, valset, metrics, start, config, _WHILE_TRAINING, config.eval_limit, accelerator)
     with _interrupts_wait() if alone else contextlib.nullcontext(lambda: False) as interrupted:
         for step in bar:
@@ -716,7 +717,7 @@ def _finish(net, valset, metrics, config, ladder, accelerator):
         if fewer and rows[-1]["step"] < config.max_iters:  # what was measured on a part of val is compared on that part
             _measure(net, valset, metrics, config.max_iters, config, _WHILE_TRAINING, config.eval_limit, accelerator)
         if fewer: _evaluate(net, valset, config.val_split, metrics, config.max_iters, config, _rungs(ladder, config), None, accelerator, final=True)
-        else: _measure(net, valset, metrics, config.max_iters, config, (*ladder, *{"seg"}.difference(ladder)), None, accelerator, final=True)
+        else: _measure(net, valset, metrics, config.max_iters, config, ladder if "seg" in ladder else (*ladder, "seg"), None, accelerator, final=True)
 
 # %% ../nbs/13_training.ipynb #x22199675
 def _live_curves(metrics, split):

@@ -150,6 +150,35 @@ def test_small_and_thin_pictures_are_measured_too(size):
         assert all(label.shape == mask.shape for label in labels.values()) and predict(net, normalize(image), long_side=long_side).shape == (1, 3, *size)
 
 
+def test_evaluations_while_training_compute_as_evaluate_run_does(root, tmp_path, monkeypatch):
+    "In float32, without the wrapper in which accelerate computes in bf16, which is back afterwards."
+    seen, evaluate = [], training.evaluate
+
+    def watched(net, *args, **kwargs):
+        with torch.inference_mode(): seen.append(net(torch.rand(1, 3, 64, 64)).attention.dtype)
+        return evaluate(net, *args, **kwargs)
+
+    def step(net, *args):
+        seen.append("forward" in vars(net))
+        return training_step(net, *args)
+
+    training_step = training.training_step
+    monkeypatch.setattr(training, "evaluate", watched)
+    monkeypatch.setattr(training, "training_step", step)
+    train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), precision="bf16", **SHORT | dict(max_iters=4, eval_every=2)), verbose=False, ladder=("seg",))
+    assert seen == [True, True, torch.float32, True, True, torch.float32]
+
+
+def test_weights_of_a_run_with_other_classes(whole, tmp_path):
+    config = preset("demo", weights=str(whole), **SHORT)
+    classes = (whole / "classes.txt").read_text().splitlines()
+    theirs = load_file(whole / "best" / "model.safetensors")
+    for names, anew in ((classes, False), ([*classes[:-1], "other"], True), (classes[:3], True)):
+        own = training.build(config, names, verbose=False).state_dict()
+        for k in ("encoder.patch_embed.proj.weight", "decoder.fuse.weight", "affinity_head.proj.weight"): assert torch.equal(own[k], theirs[k])
+        for k in ("classifier.weight", "decoder.predict.weight", "decoder.predict.bias"): assert torch.equal(own[k], theirs[k]) != anew
+
+
 def test_a_ladder_without_the_segmentation(root, tmp_path):
     run = train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT), verbose=False, ladder=("cam",))
     assert {"cam", "seg"} <= set(read_metrics(run)[-1]) and (run / "best" / "model.safetensors").exists()

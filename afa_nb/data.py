@@ -10,7 +10,7 @@ __all__ = ['IGNORE_INDEX', 'VOC_CLASSES', 'FEW_IMAGES', 'TRAIN_AUG', 'TAG_TABLES
            'tagged_images', 'layout', 'load']
 
 # %% ../nbs/00_data.ipynb #02-00-data
-import array, contextlib, csv, hashlib, json, os, re, secrets, shutil, tarfile, tempfile, unicodedata, warnings, zlib
+import array, contextlib, csv, hashlib, json, math, os, re, secrets, shutil, tarfile, tempfile, unicodedata, warnings, zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,11 +31,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #05-00-data
-def read_image(path # of a picture, or a PIL image
+def read_image(path, # of a picture, or a PIL image
+               long_side:int=None, # pixels that are enough: a larger JPEG is decoded at 1/2, 1/4 or 1/8, which is far faster, but to no less than this
               ) -> Image.Image: # mode "RGB"
     "The picture as 8-bit RGB, upright. `OSError` naming the file if it is missing, truncated or not an image."
     try:
-        with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as f: im = ImageOps.exif_transpose(f) # decodes all of it: a file cut short fails here, not later
+        with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as f:
+            if long_side: f.draft(None, [math.ceil(side*long_side/max(f.size)) for side in f.size])
+            im = ImageOps.exif_transpose(f) # decodes all of it: a file cut short fails here, not later
         if im.mode[0] in "IF": # 16 or 32 bits a pixel, which PIL would clip at 255
             values = np.asarray(im)
             if im.mode == "F": values = values * 255 if values.max() <= 1 else values
@@ -216,7 +219,7 @@ class TaggedImages(torch.utils.data.Dataset):
     """Images with image-level labels and, where the records name them, masks. Item i is a dict of
     `image` uint8 (3,H,W) RGB, `class_labels` float32 (K,) in {0,1}, `name`, and with a mask `mask` uint8 (H,W) in {0,…,K,255}.
 
-    Pictures longer than `max_side` pixels, unless that is None, are reduced to it with their masks.
+    Pictures longer than `max_side` pixels, unless that is None, are reduced to it with their masks; a JPEG without a mask is decoded no larger than need be.
     Reading an item raises `OSError` for a file that cannot be read and `ValueError` for a mask that does not fit, each naming the file."""
     max_side = None
 
@@ -234,8 +237,10 @@ class TaggedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i:int) -> dict:
         name, image, mask_file = self.records[i]
-        sample = dict(image=pil_to_tensor(read_image(image)), class_labels=self.class_labels[i].clone(), name=name)
-        if (mask := self.read_mask(i)) is not None:
+        mask = self.read_mask(i)
+        enough = 2*self.max_side if self.max_side and mask is None else None # what is decoded twice too large and then reduced differs by a fifth of a grey level
+        sample = dict(image=pil_to_tensor(read_image(image, enough)), class_labels=self.class_labels[i].clone(), name=name)
+        if mask is not None:
             (h, w), (H, W) = mask.shape, sample["image"].shape[1:]
             if (h, w) != (H, W): raise ValueError(f"{mask_file or 'the mask of ' + name}: the mask is {w}×{h} pixels, but its image {image} is {W}×{H}")
             sample["mask"] = torch.from_numpy(mask)
@@ -748,7 +753,9 @@ def tagged_images(folder, # images, at any depth
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder")
     files = _images_below(folder, masks)
     if tags is None: tags = next((folder/t for t in TAG_TABLES if (folder/t).exists()), None)
-    rows, where = (_subfolder_tags(files), folder) if tags is None else (read_tags(tags), Path(tags))
+    copies = []
+    if tags is None: (rows, copies), where = _subfolder_tags(files, folder), folder
+    else: rows, where = read_tags(tags), Path(tags)
     if not rows: raise ValueError(f"{folder}: neither {', '.join(TAG_TABLES)} nor sub-folders with images, named by their tag. Give tags=, a table of image and tags")
     images = _matched_images(rows, files, folder, where)
     if classes is None: classes = read_classes(folder) if (folder/"classes.txt").exists() else ["background", *sorted(set().union(*rows.values()))]
@@ -758,8 +765,9 @@ def tagged_images(folder, # images, at any depth
     names = [_stem(file) for file in images]
     mask_files = [None]*len(names) if masks is None else _find_files(Path(masks).expanduser(), names, {".png"})
     if masks is not None and not any(mask_files): raise FileNotFoundError(f"{masks}: no mask for any image; it would be called {names[0]}.png")
-    left = sorted(files - set(images))
+    left = sorted(files - set(images) - set(copies))
     notes = [f"Left out for want of tags: {_some(left, 3)}."] if left else []
+    if copies: notes.append(f"There several times, which counts once, with the tags of all its sub-folders: {_some(copies, 3)}.")
     return TaggedImages([Record(name, str(folder/file), mask) for name, file, mask in zip(names, images, mask_files)], labels, classes, where.name if tags else "the sub-folders", notes)
 
 # %% ../nbs/00_data.ipynb #97-00-data
@@ -777,8 +785,13 @@ def _images_below(folder, masks) -> set[str]:
 
 def _stem(file): return str(PurePosixPath(file).with_suffix(""))
 
-def _subfolder_tags(files) -> dict[str, list[str]]:
-    return {file: _clean_tags([file.split("/")[0]], file) for file in sorted(files) if "/" in file}
+def _subfolder_tags(files, folder) -> tuple[dict[str, list[str]], list[str]]: # image → tags; copies of these images
+    files, same = sorted(file for file in files if "/" in file), {}
+    sizes = {file: os.path.getsize(folder/file) for file in files}
+    alike = Counter(sizes.values())
+    for file in files: same.setdefault(_sha256(folder/file) if alike[sizes[file]] > 1 else file, []).append(file)
+    rows = {first: _clean_tags([file.split("/")[0] for file in (first, *copies)], first) for first, *copies in same.values()}
+    return rows, [copy for _, *copies in same.values() for copy in copies]
 
 def _matched_images(rows, files, folder, where) -> list[str]:
     "For each image of the table its file: the path as it is written, or that without its extension."
@@ -813,7 +826,7 @@ def layout(root, tags=None) -> str: # "voc", "coco" or "tagged"
     with contextlib.suppress(FileNotFoundError):
         voc_folder(root)
         return "voc"
-    if any((root/t).exists() for t in TAG_TABLES) or _subfolder_tags(_images_below(root, None)): return "tagged"
+    if any((root/t).exists() for t in TAG_TABLES) or any("/" in file for file in _images_below(root, None)): return "tagged"
     raise FileNotFoundError(f"{root}: not in VOC's layout, it lacks ImageSets/Segmentation with lists of names (train.txt, val.txt); nor in COCO's, it lacks annotations/instances_*.json; "
                             f"nor tagged images, it lacks {', '.join(TAG_TABLES)} and sub-folders with images")
 

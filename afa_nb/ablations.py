@@ -106,7 +106,8 @@ def network_of(a: Ablation, row: Row, seed: int) -> Config | None:
     return _named(replace(config, run_dir=str(Path(a.config.run_dir) / "network")), config.supervision)
 
 # %% ../nbs/18_ablations.ipynb #x96146006
-_AFTERWARDS = ("supervision", "aff_iters", "lambda_seg", "lambda_aff", "lambda_reg", "cam_scales", "low", "high", "background", "rrm_exponents", "long_side", "radius", "alpha", "dilations", "par_iters")
+_AFTERWARDS = ("supervision", "affinity_label", "aff_iters", "lambda_seg", "lambda_aff", "lambda_reg", "cam_scales",
+               "low", "high", "background", "rrm_exponents", "long_side", "radius", "alpha", "dilations", "par_iters")
 
 def first_phase(config: Config) -> Config | None:
     "The run that `config` shares its first phase with, to be stopped after `cam_iters`; None if it has none, or nothing else."
@@ -517,7 +518,7 @@ def share_of_full(a: Ablation, column: str = "+ CRF", full_column: str = "multi-
     full = found.get((next(iter(SYSTEMS)), full_column))
     if not full: return "The fully supervised network was not run here."
     ratios = {name: {seed: 100 * v / full[seed] for seed, v in found[name, column].items() if seed in full} for name in list(SYSTEMS)[1:] if (name, column) in found}
-    return "; ".join(f"{name} reaches {_mean_std(v)} % of the fully supervised network" for name, v in ratios.items()) + "."
+    return "; ".join(f"{name} ({column}) reaches {_mean_std(v)} % of the fully supervised network ({full_column})" for name, v in ratios.items()) + "."
 
 # %% ../nbs/18_ablations.ipynb #58-18-ablations
 def deepest(region) -> tuple[int, int]:  # row, column
@@ -539,7 +540,8 @@ def show_region(ax, image, label, classes, colours):
         ax.contour(region, [.5], colors="white", linewidths=1.6)
         ax.contour(region, [.5], colors="black", linewidths=.6)
         y, x = deepest(region)
-        if region.mean() > .01: ax.text(x, y, classes[k], fontsize=6, ha="center", va="center", color="black", bbox=dict(facecolor="white", alpha=.75, linewidth=0, pad=.8), clip_on=True)
+        side = "left" if x < .3 * region.shape[1] else "right" if x > .7 * region.shape[1] else "center"  # a name stays within the picture
+        if region.mean() > .01: ax.text(dict(left=2, right=region.shape[1] - 3, center=x)[side], y, classes[k], fontsize=6, ha=side, va="center", color="black", bbox=dict(facecolor="white", alpha=.75, linewidth=0, pad=.8), clip_on=True)
     if (label == 255).any(): ax.contourf(label == 255, [.5, 1.5], colors="none", hatches=["////"])
     ax.set(xlim=(-.5, label.shape[1] - .5), ylim=(label.shape[0] - .5, -.5))
     ax.set_axis_off()

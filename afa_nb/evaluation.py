@@ -123,7 +123,9 @@ def predict(
     long_side="protocol", # pixels of the longer side at scale 1; None: as the image is
     with_cls:bool=False, # also give the classification logits of the unmirrored image at scale 1
 ) -> torch.Tensor: # float32 (B,C,H,W) logits; with `with_cls` a pair of these and float32 (B,K)
-    "Segmentation logits at the image's own size under a test protocol (decision 14). The softmax of the result is a probability. Where a side is too short for the smallest scale, the last row or column is repeated. Raises `ValueError` for an unknown protocol, a wrong shape, or `with_cls` without scale 1."
+    """Segmentation logits at the image's own size under a test protocol (decision 14). The softmax of the result is a probability.
+    Where a side is too short for the smallest scale, the last row or column is repeated.
+    Raises `ValueError` for an unknown protocol, a wrong shape, or `with_cls` without scale 1."""
     if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
     row = PROTOCOLS[protocol]

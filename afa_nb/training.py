@@ -78,6 +78,7 @@ class Config:
     color_jitter: tuple | None = None
     # pseudo labels
     supervision: str = "afa"  # a key of `SUPERVISION`: what the segmentation learns from
+    affinity_label: str = "refined"  # what the affinity learns from; "propagated": from `aff_iters` on from the propagated label, as in the released script for COCO
     cam_scales: tuple = (1, .5, 1.5)
     low: float = .35  # β_l
     high: float = .55  # β_h
@@ -186,6 +187,7 @@ def check(config: Config):
     variant_of(c.backbone)
     rules = [
         (c.supervision in SUPERVISION, f"supervision must be one of {', '.join(SUPERVISION)}, not {c.supervision!r}"),
+        (c.affinity_label in ("refined", "propagated"), f'affinity_label must be "refined" or "propagated", not {c.affinity_label!r}'),
         (0 <= c.drop_path < 1, f"drop_path must lie in [0,1), not {c.drop_path}"),
         (c.stride in (8, 16, 32), f"stride must be 8, 16 or 32, not {c.stride}"),
         (c.pooling == "max" or isinstance(c.pooling, float) and 0 < c.pooling <= 1 or c.pooling == 1, f'pooling must be "max" or a share in (0,1], not {c.pooling!r}'),
@@ -200,7 +202,8 @@ def check(config: Config):
         (min(c.cam_iters, c.warmup_iters) >= 0, f"warmup_iters must not be negative, not {c.warmup_iters}"),
         (c.batch_size >= 1 and c.accumulate >= 1, f"batch_size {c.batch_size} and accumulate {c.accumulate} must be at least 1"),
         (c.batch_size % max(1, c.accumulate) == 0, f"batch_size {c.batch_size} must be a multiple of accumulate {c.accumulate}"),
-        (c.lr > 0 and c.head_lr_ratio > 0 and (c.decoder_lr_ratio is None or c.decoder_lr_ratio > 0) and c.norm_lr_ratio >= 0 and c.weight_decay >= 0, "lr, head_lr_ratio and decoder_lr_ratio must be positive, norm_lr_ratio and weight_decay not negative"),
+        (min(c.lr, c.head_lr_ratio) > 0 and (c.decoder_lr_ratio is None or c.decoder_lr_ratio > 0), "lr, head_lr_ratio and decoder_lr_ratio must be positive"),
+        (min(c.norm_lr_ratio, c.weight_decay) >= 0, "norm_lr_ratio and weight_decay must not be negative"),
         (min(c.lambda_seg, c.lambda_aff, c.lambda_reg) >= 0, "the loss weights lambda_* must not be negative"),
         (0 <= c.low <= c.high <= 1, f"need 0 <= low <= high <= 1, not {c.low} and {c.high}"),
         (0 < c.background < 1, f"background must lie in (0,1), not {c.background}"),
@@ -341,7 +344,9 @@ def training_step(net, labeller: Labeller, batch: dict, num_present: int, step: 
     out, cam = net(batch["image"], affinity=c.supervision == "afa", attention=False, with_cam=True)
     refined, target = labeller(getattr(net, "module", net), batch, cam, num_present, step >= c.aff_iters)
     losses = dict(cls=classification_loss(out.cls, labels))
-    if refined is not None: losses["aff"] = affinity_loss(out.affinity, affinity_labels(refined, c.stride, c.radius))
+    if refined is not None:
+        taught = target if c.affinity_label == "propagated" else refined
+        losses["aff"] = affinity_loss(out.affinity, affinity_labels(taught, c.stride, c.radius))
     seg = resize_bilinear(out.seg.float().contiguous(), target.shape[-2:])
     losses["seg"] = segmentation_loss(seg, target)
     total = losses["cls"] + c.lambda_seg * losses["seg"]

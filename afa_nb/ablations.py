@@ -33,6 +33,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .cam import cam_to_label, multi_scale_cam, normalize_cam
 from .data import atomic_write, read_image
 from .evaluation import ConfusionMatrix, attention_affinity, crf_labels, evaluate, ladder_labels, predicted_tags
+from .model import _eval_mode
 from .figures import _Figure, ladder_grid, panels, show_heatmap, show_image
 from .par import PAMR, PAR
 from .pseudo_labels import propagated_labels, refined_label, token_grid
@@ -168,10 +169,11 @@ _SMALL = 10_000_000  # pixels; below it a pool for the dense CRF takes longer to
 
 def measure(net, config: Config, dataset, measures, label=None, limit=None) -> dict:  # measure → value: mIoU or share in [0,1], seconds
     "Asks a network for some measures with the run's labels, or with those that `label` changes."
-    settings, net = label_settings(config, **(label or {})), net.eval()
+    settings = label_settings(config, **(label or {}))
     rungs = [m for m in measures if m not in ("reliable", "labelled") and not m.startswith("seconds:")]
-    found = {m: label_seconds(net, dataset, m.removeprefix("seconds:"), **settings) for m in measures if m.startswith("seconds:")}
-    if {"reliable", "labelled"} & set(measures): found |= supervising_label(net, dataset, limit, **settings)
+    with _eval_mode(net):
+        found = {m: label_seconds(net, dataset, m.removeprefix("seconds:"), **settings) for m in measures if m.startswith("seconds:")}
+        if {"reliable", "labelled"} & set(measures): found |= supervising_label(net, dataset, limit, **settings)
     pixels = len(_spread(len(dataset), limit)) * dataset[0]["image"][0].numel()
     settings = {k: v for k, v in settings.items() if k not in ("low", "high")}
     if rungs: found |= evaluate(net, dataset, rungs, limit, crf_workers=0 if pixels < _SMALL else None, num_workers=config.num_workers, **settings)
@@ -292,7 +294,7 @@ def trained(config: Config, until: int | None = None) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     with FileLock(run / ".lock"):
         if until is None and _steps_left(config) == config.max_iters and (first := first_phase(config)):
-            shutil.copytree(trained(first, config.cam_iters), run, ignore=shutil.ignore_patterns("config.json", ".lock"), dirs_exist_ok=True)
+            shutil.copytree(trained(first, config.cam_iters), run, ignore=shutil.ignore_patterns("config.json", "*.lock"), dirs_exist_ok=True)
         if config.max_iters - _steps_left(config) < (until or config.max_iters): train(config, verbose=False, ladder=(), until=until)
     return run
 
@@ -553,18 +555,18 @@ def class_colours(labels, pictures) -> dict:  # class → colour
     return {k: COLOURS[i % len(COLOURS)] for i, k in enumerate([*tags, *sorted(present - set(tags))]) if k in present}
 
 # %% ../nbs/18_ablations.ipynb #62-18-ablations
-@torch.inference_mode()
 def look(net, config: Config, sample: dict) -> dict:
     "What the figures show of one picture (a sample with `image` and `class_labels`): cam (K,H,W), attention and affinity (N,N) with their grid (h,w), labels by rung."
-    device = next(net.eval().parameters()).device
+    device = next(net.parameters()).device
     image, tags = sample["image"][None].to(device), sample["class_labels"][None].to(device)
-    x = normalize(image)
-    cam, affinity = multi_scale_cam(net, x, config.cam_scales)
-    grid = token_grid(affinity.shape[-1], *x.shape[-2:])
-    attention = attention_affinity(net, x, max(config.cam_scales))
-    labels = _labels(net, label_settings(config), image, tags, ("cam", "cam_par", "propagated_par", "seg_ms", "seg_crf"))
-    maps = resize_bilinear(cam * tags[:, :, None, None], grid)
-    walked = {name: normalize_cam(random_walk(maps, A, config.radius, config.alpha))[0].cpu() for name, A in dict(attention=attention, affinity=affinity).items()}
+    with _eval_mode(net):
+        x = normalize(image)
+        cam, affinity = multi_scale_cam(net, x, config.cam_scales)
+        grid = token_grid(affinity.shape[-1], *x.shape[-2:])
+        attention = attention_affinity(net, x, max(config.cam_scales))
+        labels = _labels(net, label_settings(config), image, tags, ("cam", "cam_par", "propagated_par", "seg_ms", "seg_crf"))
+        maps = resize_bilinear(cam * tags[:, :, None, None], grid)
+        walked = {name: normalize_cam(random_walk(maps, A, config.radius, config.alpha))[0].cpu() for name, A in dict(attention=attention, affinity=affinity).items()}
     return dict(sample, cam=(cam * tags[:, :, None, None])[0].cpu(), attention=attention[0].cpu(), affinity=affinity[0].cpu(), grid=grid, walked=walked, labels={k: v[0].cpu() for k, v in labels.items()})
 
 def query(seen: dict, point=None) -> tuple:  # the point (row, column); attention and affinity of its token as maps (h,w), highest 1

@@ -19,7 +19,7 @@ def topk_pool(features: torch.Tensor,  # (B,C,H,W)
              ) -> torch.Tensor:  # (B,C)
     "§4.2: the mean of the largest values of each map, at least one. Raises `ValueError` for any other `k`."
     if k == "max": return features.amax((2, 3))
-    if isinstance(k, str) or not 0 < k <= 1: raise ValueError(f'k must be "max" or a share in (0,1], not {k!r}')
+    if not isinstance(k, (int, float)) or not 0 < k <= 1: raise ValueError(f'k must be "max" or a share in (0,1], not {k!r}')
     if k == 1: return features.mean((2, 3))
     x = features.flatten(2)
     return x.topk(max(1, round(k * x.shape[-1])), dim=-1).values.mean(-1)
@@ -48,6 +48,7 @@ def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w
                     classes: torch.Tensor | None = None,  # (B,M) from 0, for each image the classes wanted; None: all K
                    ) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W), or (B,M,H,W), in [0,1]; affinity (B,N',N') of the largest scale
     "The CAM of §3.2, as the released code makes it: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
+    scales = tuple(scales)
     if min(scales, default=0) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     size, total, affinity = image.shape[-2:], 0, None
     def full(cam): return resize_bilinear((cam if classes is None else cam.gather(1, classes[:, :, None, None].expand(-1, -1, *cam.shape[2:]))).float(), size)
@@ -83,6 +84,8 @@ def cam_to_label(cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
     "Eq. 4: the strongest present class where it beats the background score(s). Raises `ValueError` where shapes or scores do not fit."
     if cam.ndim != 4 or cam.shape[:2] != class_labels.shape: raise ValueError(f"cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)} must be (B,K,H,W) and (B,K)")
     if (low is None) != (high is None): raise ValueError("give low and high together, or neither")
+    if box is not None and box.shape != (len(cam), 4): raise ValueError(f"box must be ({len(cam)},4), rows (y0,y1,x0,x1), got {tuple(box.shape)}")
+    if low is None and not 0 <= background <= 1: raise ValueError(f"background must lie in [0,1], not {background}")
     value, label = (cam * class_labels[:, :, None, None].to(cam.dtype)).max(1)
     label = label + 1
     if low is None: label = label.masked_fill(value <= background, 0)

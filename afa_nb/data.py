@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'VOC_CLASSES', 'FEW_IMAGES', 'TRAIN_AUG', 'TAG_TABLES', 'read_image', 'read_mask', 'voc_palette',
            'atomic_write', 'save_mask', 'read_classes', 'tags_from_masks', 'tags_from_xml', 'read_tags', 'Record',
-           'TaggedImages', 'problems', 'summary', 'voc_folder', 'find_voc_root', 'train_aug_names', 'cache_dir', 'voc',
-           'download_voc', 'download_sbd', 'prepare_sbd', 'draw_instances', 'CocoImages', 'coco', 'coco_splits',
-           'tagged_images', 'layout', 'load']
+           'TaggedImages', 'fingerprint', 'problems', 'summary', 'voc_folder', 'find_voc_root', 'train_aug_names',
+           'cache_dir', 'voc', 'download_voc', 'download_sbd', 'prepare_sbd', 'draw_instances', 'CocoImages', 'coco',
+           'coco_splits', 'tagged_images', 'layout', 'load']
 
 # %% ../nbs/00_data.ipynb #02-00-data
 import array, contextlib, csv, hashlib, json, math, os, re, secrets, shutil, tarfile, tempfile, unicodedata, warnings, zlib
@@ -98,8 +98,11 @@ def atomic_write(path): # of any kind of file; its folder is made
 # %% ../nbs/00_data.ipynb #18-00-data
 def save_mask(mask, # class indices (H,W), 0…255
               path):
-    "Write a palette PNG with VOC's colours, the format of VOC's own masks and of its test server, by `atomic_write`."
-    im = Image.fromarray(np.asarray(mask, np.uint8))
+    "Write a palette PNG with VOC's colours, the format of VOC's own masks and of its test server, by `atomic_write`. `ValueError` for values that are no such indices."
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.size and not (mask.min() >= 0 and mask.max() <= 255 and (mask == mask.astype(np.uint8)).all()):
+        raise ValueError(f"mask must be class indices (H,W) from 0 to 255, got {mask.dtype} {mask.shape}" + (f" with values from {mask.min()} to {mask.max()}" if mask.size else ""))
+    im = Image.fromarray(mask.astype(np.uint8))
     im.putpalette(voc_palette().tobytes())
     with atomic_write(path) as file: im.save(file, "PNG")
 
@@ -165,7 +168,7 @@ def _clean_tags(tags, where) -> list[str]:
 # %% ../nbs/00_data.ipynb #36-00-data
 def _json_entries(path):
     with open(path, encoding="utf-8-sig") as f: table = json.load(f, object_pairs_hook=list) # pairs: a dict would hide what is there twice
-    if not all(isinstance(pair, tuple) and isinstance(pair[1], list) and all(isinstance(t, str) for t in pair[1]) for pair in table):
+    if not isinstance(table, list) or not all(isinstance(pair, tuple) and isinstance(pair[1], list) and all(isinstance(t, str) for t in pair[1]) for pair in table):
         raise ValueError(f'{path}: want an object of image: list of tags, as in {{"IMG_0001.jpg": ["cow", "person"]}}')
     for image, tags in table: yield path, image, tags
 
@@ -257,7 +260,9 @@ class TaggedImages(torch.utils.data.Dataset):
     def with_masks(self) -> "TaggedImages":
         "The images that have a mask."
         rows = [i for i, r in enumerate(self.records) if r.mask is not None]
-        return TaggedImages([self.records[i] for i in rows], self.class_labels[rows], self.classes, self.tags_from)
+        subset = TaggedImages([self.records[i] for i in rows], self.class_labels[rows], self.classes, self.tags_from, self.notes)
+        subset.max_side = self.max_side
+        return subset
 
     def counts(self) -> dict[str,int]:
         "Class → number of images that carry the tag."
@@ -267,6 +272,15 @@ class TaggedImages(torch.utils.data.Dataset):
         source = f" from {self.tags_from}" if self.tags_from else ""
         return (f"{len(self)} images {'with' if self.has_masks else 'without'} masks; images per tag{source}: "
                 + ", ".join(f"{c} {n}" for c, n in self.counts().items()))
+
+# %% ../nbs/00_data.ipynb #40c-00-data
+def fingerprint(dataset:TaggedImages, masks:bool=True) -> str: # 16 hexadecimal digits
+    "Changes with the images' names and tags, the classes and, with `masks`, the sizes of the masks' files. The same wherever the data lies."
+    records = list(dataset.records)
+    sizes = [os.path.getsize(r.mask) if r.mask else None for r in records] if masks else None
+    digest = hashlib.sha256(repr((dataset.classes, [r.name for r in records], sizes)).encode())
+    digest.update(dataset.class_labels.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/00_data.ipynb #44-00-data
 FEW_IMAGES = 10 # a tag on fewer images is too rare to learn from
@@ -361,9 +375,10 @@ def _image_files(folder, names, split) -> list[str]:
 
 # %% ../nbs/00_data.ipynb #54-00-data
 def cache_dir() -> Path:
-    "Where the package keeps what it can make again: `$AFA_NB_CACHE`, else `afa_nb` in the user's cache folder."
+    "Where the package keeps what it can make again: `$AFA_NB_CACHE`, else `afa_nb` in the user's cache folder, of a user without one in that for temporary files."
     if own := os.environ.get("AFA_NB_CACHE"): return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())/"afa_nb"
+    try: return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())/"afa_nb"
+    except RuntimeError: return Path(tempfile.gettempdir())/f"afa_nb-{os.getuid()}" # a user without a home
 
 # %% ../nbs/00_data.ipynb #55-00-data
 def _fingerprint(paths, *more) -> str: # 32 hexadecimal digits
@@ -674,8 +689,13 @@ def draw_instances(instances, # (class index, whether a crowd, COCO segmentation
     for label, crowd, segmentation in sorted(reversed(instances), key=lambda instance: not instance[1]): # crowds below, the first on top
         try:
             if isinstance(segmentation, list): runs = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-            else: runs = coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
-            mask[coco_mask.decode(runs) > 0] = IGNORE_INDEX if crowd else label
+            elif not isinstance(segmentation["counts"], list): runs = segmentation
+            else:
+                if sum(segmentation["counts"]) != height*width: raise ValueError(f"its runs have {sum(segmentation['counts'])} pixels")
+                runs = coco_mask.frPyObjects(segmentation, height, width)
+            drawn = coco_mask.decode(runs)
+            if drawn.shape != mask.shape or drawn.sum(dtype=int) != coco_mask.area(runs): raise ValueError("its runs do not fill the image") # what they leave out is not even 0
+            mask[drawn > 0] = IGNORE_INDEX if crowd else label
         except Exception as e: raise ValueError(f"not a segmentation of an image of {width}×{height} ({type(e).__name__}: {e})") from e
     return mask
 
@@ -696,7 +716,7 @@ class CocoImages(TaggedImages):
 
     has_masks = False # of the object: whether samples carry `mask`
 
-    def with_masks(self): return self
+    def with_masks(self): return self if self.has_masks else TaggedImages([], self.class_labels[:0], self.classes, self.tags_from, self.notes)
 
     def read_mask(self, i):
         if not self.has_masks: return None
@@ -772,11 +792,14 @@ def tagged_images(folder, # images, at any depth
 
 # %% ../nbs/00_data.ipynb #97-00-data
 def _images_below(folder, masks) -> set[str]:
-    "Paths of the images below `folder`, with / between the parts; nothing hidden, and nothing from the folder of masks."
+    "Paths of the images below `folder`, with / between the parts; nothing hidden, nothing from the folder of masks, and nothing that afa-predict has written."
     readable = {ext for ext, format in Image.registered_extensions().items() if format in Image.OPEN}
     files, masks = set(), Path(masks).expanduser().resolve() if masks else None
     seen = {Path(folder).resolve(), masks} # links are followed, but not round in a circle
     for parent, folders, names in os.walk(folder, followlinks=True):
+        if {"predict.json", "confidence.csv"} <= set(names) and not os.path.samefile(parent, folder):
+            folders.clear()
+            continue
         real = {f: (Path(parent)/f).resolve() for f in folders if not f.startswith(".")}
         folders[:] = [f for f, path in real.items() if path not in seen]
         seen.update(real.values())
@@ -831,7 +854,7 @@ def layout(root, tags=None) -> str: # "voc", "coco" or "tagged"
                             f"nor tagged images, it lacks {', '.join(TAG_TABLES)} and sub-folders with images")
 
 def load(root, split:str="train",
-         masks:bool=None, # True: with masks, of tagged images those that have one; False: without; None: with masks if all have one
+         masks:bool=None, # True: with masks, of tagged images those that have one; False: without; None: with masks if all have one, of tagged images with those there are
          tags=None, # of VOC: the source of the labels; of tagged images: the table
          mask_folder=None, # of tagged images
         ) -> TaggedImages:

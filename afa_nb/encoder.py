@@ -38,10 +38,12 @@ def variant_of(variant  # name of a row of `VARIANTS`, or a dict with `widths`, 
     "The settings of `variant`. Raises `ValueError` for an unknown name or a dict whose settings are missing or do not fit together."
     if isinstance(variant, str):
         if variant not in VARIANTS: raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}, or give dict(widths=…, depths=…, heads=…)")
-        return VARIANTS[variant]
+        return dict(VARIANTS[variant])
     missing = {"widths", "depths", "heads"} - set(variant)
     if missing: raise ValueError(f"variant lacks {', '.join(sorted(missing))}; it needs widths, depths and heads, four numbers each")
-    if any(len(variant[k]) != 4 for k in ("widths", "depths", "heads")): raise ValueError("widths, depths and heads need four numbers each, one per stage")
+    unknown = set(variant) - {"widths", "depths", "heads", "mlp_ratios"}
+    if unknown: raise ValueError(f"variant has {', '.join(sorted(unknown))}, but its settings are widths, depths, heads and mlp_ratios")
+    if any(not isinstance(v, (tuple, list)) or len(v) != 4 or min(v) < 1 for v in variant.values()): raise ValueError("widths, depths, heads and mlp_ratios need four numbers each, one per stage, of at least 1")
     for w, h in zip(variant["widths"], variant["heads"]):
         if w % h: raise ValueError(f"a stage of width {w} cannot be shared among {h} heads: {w} is no multiple of {h}")
     return dict(variant)
@@ -142,6 +144,7 @@ class MixTransformer(PyramidVisionTransformerV2):
                  ):
         v = variant_of(variant)
         if stride not in (8, 16, 32): raise ValueError(f"stride must be 8, 16 or 32, not {stride}")
+        if not 0 <= drop_path_rate < 1: raise ValueError(f"drop_path_rate must lie in [0,1), not {drop_path_rate}")
         super().__init__(num_classes=0, depths=v["depths"], embed_dims=v["widths"], num_heads=v["heads"], mlp_ratios=v.get("mlp_ratios", 4),
                          drop_path_rate=drop_path_rate, norm_layer=partial(LayerNorm, eps=1e-6))
         self.widths, self.stride = tuple(v["widths"]), stride

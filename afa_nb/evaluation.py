@@ -8,7 +8,7 @@ __all__ = ['PROTOCOLS', 'LADDER', 'VOC_SUBMISSION', 'ConfusionMatrix', 'tag_scor
            'peak_memory', 'evaluate', 'trivial_baselines', 'save_soft_label', 'load_soft_label', 'export_masks']
 
 # %% ../nbs/12_evaluation.ipynb #02-12-evaluation
-import contextlib, functools, math, multiprocessing, os, sys, time, types
+import contextlib, functools, math, multiprocessing, os, sys, threading, time, types
 from collections import defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from .data import atomic_write, save_mask
 from .transforms import normalize, resize_bilinear
-from .model import AFANet
+from .model import AFANet, _eval_mode
 from .cam import box_mask, cam_to_label, multi_scale_cam
 from .par import PAR
 from .pseudo_labels import half, refined_label, propagated_label, token_grid
@@ -90,16 +90,6 @@ PROTOCOLS = dict(
     author=dict(scales=(1., .5, .75, 1.25, 1.5), flip=True, long_side=512),
 )
 
-# %% ../nbs/12_evaluation.ipynb #16-12-evaluation
-@contextlib.contextmanager
-def _eval_mode(net):
-    "Evaluation mode and no gradients inside, the former mode afterwards."
-    training = net.training
-    net.eval()
-    try:
-        with torch.inference_mode(): yield
-    finally: net.train(training)
-
 # %% ../nbs/12_evaluation.ipynb #17-12-evaluation
 _LEAST = 32  # pixels of a side that an encoder takes
 
@@ -134,9 +124,10 @@ def predict(
     if not scales or min(scales) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     if with_cls and 1 not in scales: raise ValueError(f"with_cls needs scale 1, but the scales are {scales}")
     size = image.shape[-2:]
-    x = _padded(image, math.ceil(_LEAST / (min(scales) * (long_side / max(size) if long_side else 1))))
+    ratio, least = long_side / max(size) if long_side else 1, math.ceil(_LEAST / min(scales))
+    x = _padded(image, math.ceil(least / ratio))
     whole = x.shape[-2:]
-    if long_side: x = resize_bilinear(x, [max(1, int(side * (long_side / max(whole)))) for side in whole])
+    if long_side: x = resize_bilinear(x, [max(least, int(side * ratio)) for side in whole])
     best = cls = None
     with _eval_mode(net):
         for s in sorted(scales, key=lambda s: (s != 1, -s)): # scale 1 first: its grid is the common one
@@ -155,6 +146,11 @@ def _crf_class():
     except ImportError as e: raise ImportError("the dense CRF needs pydensecrf: pip install cython setuptools wheel && pip install --no-build-isolation pydensecrf2") from e
     return DenseCRF2D
 
+def _array(x):
+    "A tensor of any kind, or what NumPy takes, as an array."
+    if not isinstance(x, torch.Tensor): return np.asarray(x)
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)  # which NumPy does not know
+
 def dense_crf(
     image, # uint8 (H,W,3) or (3,H,W), RGB
     prob, # float (C,H,W), probabilities over C at each pixel; or (S,C,H,W), several for the same picture
@@ -167,7 +163,7 @@ def dense_crf(
 ) -> np.ndarray: # float32, of the shape of `prob`, probabilities
     "Probabilities refined by a dense CRF on the picture. Raises `ValueError` for wrong shapes or values, `ImportError` without pydensecrf."
     CRF = _crf_class()
-    image, prob = (x.numpy(force=True) if isinstance(x, torch.Tensor) else np.asarray(x) for x in (image, prob))
+    image, prob = _array(image), _array(prob)
     if prob.ndim not in (3, 4): raise ValueError(f"prob must be (C,H,W) or (S,C,H,W), got {prob.shape}")
     C, H, W = prob.shape[-3:]
     if image.shape == (3, H, W) != (H, W, 3): image = image.transpose(1, 2, 0)
@@ -205,6 +201,10 @@ def _no_main():
     finally: sys.modules["__main__"] = main
 
 # %% ../nbs/12_evaluation.ipynb #30-12-evaluation
+def _end_with_parent():
+    "A worker that outlives a killed parent would wait for work for ever."
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
 def dense_crf_pool(
     items, # iterable of (key, image, prob): the last two as for `dense_crf`, the key comes back as it is
     num_workers=None, # processes; None: one per core; 0: in this process
@@ -216,13 +216,12 @@ def dense_crf_pool(
     if num_workers == 0:
         yield from ((key, _crf_job(image, prob, hard, options)) for key, image, prob in items)
         return
-    from afa_nb.evaluation import _crf_job as job # the name under which a worker finds it
-    array = lambda x: x.numpy(force=True) if isinstance(x, torch.Tensor) else x
+    from afa_nb.evaluation import _crf_job as job, _end_with_parent as begin # the names under which a worker finds them
     pool, waiting = None, deque()
     try:
         for key, image, prob in items:
-            pool = pool or ProcessPoolExecutor(num_workers, mp_context=_crf_context())
-            with _no_main(): waiting.append((key, pool.submit(job, array(image), array(prob), hard, options)))
+            pool = pool or ProcessPoolExecutor(num_workers, mp_context=_crf_context(), initializer=begin)
+            with _no_main(): waiting.append((key, pool.submit(job, _array(image), _array(prob), hard, options)))
             while waiting and (waiting[0][1].done() or len(waiting) > 2 * num_workers): yield waiting[0][0], waiting.popleft()[1].result()
         while waiting: yield waiting[0][0], waiting.popleft()[1].result()
     finally:
@@ -237,6 +236,9 @@ def _refined_cam(image, cam, *backgrounds, **options):
 
 def _tags(class_labels): return [labels.nonzero()[:, 0] for labels in class_labels]
 
+def _check_numbers(image, cam, class_labels):
+    if not len(image) == len(cam) == len(class_labels): raise ValueError(f"{len(image)} images, {len(cam)} CAMs and {len(class_labels)} rows of tags: these must be as many")
+
 def crf_labels(
     image, # uint8 (B,3,H,W), RGB
     cam, # (B,K,H,W) in [0,1]
@@ -244,7 +246,8 @@ def crf_labels(
     background=.45, # background score
     **options, # of `dense_crf`
 ) -> torch.Tensor: # (B,H,W) long, on the CAM's device
-    "The CAM refined by the dense CRF, as a label."
+    "The CAM refined by the dense CRF, as a label. Raises `ValueError` where the numbers of images differ."
+    _check_numbers(image, cam, class_labels)
     channels = [_refined_cam(i, c[tags], background, **options)[0].argmax(0).to(cam.device) for i, c, tags in zip(image, cam, _tags(class_labels))]
     return torch.stack([torch.cat([tags.new_zeros(1), tags + 1])[channel] for channel, tags in zip(channels, _tags(class_labels))])
 
@@ -268,7 +271,9 @@ def reliable_labels(
     sure=.8, # probability from which the CRF, and the background's score, count
     **options, # of `dense_crf`
 ) -> torch.Tensor: # (B,H,W) long: class, 0 background, 255 ignored; on the CAM's device
-    "The label that supervises RRM. An image without tags is background."
+    "The label that supervises RRM. An image without tags is background. Raises `ValueError` where the numbers of images or boxes differ."
+    _check_numbers(image, cam, class_labels)
+    if box is not None and box.shape != (len(image), 4): raise ValueError(f"box must be ({len(image)},4), rows (y0,y1,x0,x1), got {tuple(box.shape)}")
     options, labels = dict(bi_xy=80, bi_rgb=13, bi_weight=10) | options, []
     for picture, maps, tags in zip(image, cam.float(), _tags(class_labels)):
         if not len(tags):
@@ -322,15 +327,18 @@ def _true_affinity(mask, grid):
 def _climb(net, image, class_labels, mask, rungs, par, scales, background, radius, alpha, protocol, long_side):
     "Classification logits, and for each rung labels (B,H,W), or (B,C,H,W) probabilities for `seg_crf`. `image` is uint8 (B,3,H,W) on the network's device; `mask` (B,H,W) or None."
     if mask is None and {"oracle", "oracle_par"} & set(rungs): raise ValueError("the oracle rungs need the mask")
-    (H, W), least = image.shape[-2:], math.ceil(_LEAST / min(1, *scales)) if _OF_CAM & set(rungs) else _LEAST
-    image, mask = _padded(image, least), None if mask is None else _padded(mask, least)
-    x = normalize(image)
-    here, first = net(x, seg="seg" in rungs, affinity=False, with_cam=True)
-    cam, affinity = multi_scale_cam(net, x, scales, first) if _OF_CAM & set(rungs) else (None, None)
+    (H, W), plain = image.shape[-2:], normalize(image)
+    shown = _padded(plain, _LEAST)
+    here, first = net(shown, seg="seg" in rungs, affinity=False, with_cam=True)
+    if _OF_CAM & set(rungs):  # its smallest scale needs more of a small picture than the segmentation does
+        least = math.ceil(_LEAST / min(1, *scales))
+        x, image, mask = _padded(plain, least), _padded(image, least), None if mask is None else _padded(mask, least)
+        if x.shape != shown.shape: first = net(x, seg=False, affinity=False, with_cam=True)[1]
+        cam, affinity = multi_scale_cam(net, x, scales, first)
     kernel = functools.cache(lambda: par.kernel(half(x)))
     once = lambda small, masks, _: par(small, masks, kernel())
     attention = functools.cache(lambda: attention_affinity(net, x, max(scales)))
-    logits = functools.cache(lambda name: predict(net, x, protocol=name, long_side=long_side))
+    logits = functools.cache(lambda name: predict(net, plain, protocol=name, long_side=long_side))
     walk = lambda par, affinity: propagated_label(par, x, cam, affinity, class_labels, background, radius, alpha)
     oracle = functools.cache(lambda: _true_affinity(mask, token_grid(affinity.shape[-1], *x.shape[-2:])))
     steps = dict(
@@ -343,7 +351,7 @@ def _climb(net, image, class_labels, mask, rungs, par, scales, background, radiu
         raw_attention_par=lambda: walk(once, attention()),
         oracle=lambda: walk(None, oracle()),
         oracle_par=lambda: walk(once, oracle()),
-        seg=lambda: resize_bilinear(here.seg.float(), x.shape[-2:]).argmax(1),
+        seg=lambda: resize_bilinear(here.seg.float(), shown.shape[-2:]).argmax(1),
         seg_ms=lambda: logits(protocol).argmax(1),
         seg_ms_author=lambda: logits("author").argmax(1),
         seg_crf=lambda: logits(protocol).softmax(1))
@@ -364,6 +372,7 @@ def ladder_labels(
     mask=None, # integers (B,H,W), for the oracle rungs
 ) -> dict: # rung → integer (B,H,W), without ignored pixels
     "The label of every rung for a batch, for instance to draw them with `figures.ladder`. Raises `ValueError` for an unknown rung or an image that is not uint8."
+    rungs, scales = tuple(rungs), tuple(scales)
     _check_rungs(rungs)
     if image.dtype != torch.uint8: raise ValueError(f"image must be uint8, the picture before any transform, got {image.dtype}")
     device = next(net.parameters()).device
@@ -390,7 +399,7 @@ def _size_batches(dataset, indices, batch_size, num_workers):
     def batch(size):
         samples = waiting.pop(size)
         return {key: [s[key] for s in samples] if key == "name" else torch.stack([s[key] for s in samples]) for key in samples[0]}
-    for sample in DataLoader(Subset(dataset, indices), batch_size=None, num_workers=num_workers):
+    for sample in DataLoader(Subset(dataset, indices), batch_size=None, num_workers=num_workers, generator=torch.Generator()):  # its own: the caller's random numbers stay as they are
         if sample["image"].dtype != torch.uint8: raise ValueError(f"{sample['name']}: image must be uint8; give the data set without a transform")
         size, count = sample["image"].shape, count + 1
         waiting[size].append(sample)
@@ -430,6 +439,7 @@ def evaluate(
     """The ladder on a data set, ready for `json.dumps`: for each rung its mIoU in [0,1]; `f1` and `tag_accuracy`, means over the images that have a tag; `iou`, rung → per-class list
     (None where a class is neither there nor predicted); `images`, `seconds`, `images_per_second`, `peak_memory_mb`, `device`, `protocol`, `long_side`.
     Raises `ValueError` for an unknown rung, an empty data set, another number of classes than the network's or an image without a mask."""
+    ladder, scales = tuple(ladder), tuple(scales)
     _check_rungs(ladder)
     if limit is not None and limit < 1: raise ValueError(f"limit must be at least 1, got {limit}")
     if not len(dataset): raise ValueError("the data set is empty")
@@ -496,7 +506,7 @@ def save_soft_label(
     path, # ends in .npz
 ):
     "Write probabilities in steps of 1/255, of the classes that occur, compressed and atomically."
-    prob = prob.numpy(force=True) if isinstance(prob, torch.Tensor) else np.asarray(prob)
+    prob = _array(prob)
     if prob.ndim != 3 or not (prob.min() >= 0 and prob.max() <= 1.001): raise ValueError(f"prob must be probabilities (C,H,W), got shape {prob.shape}, values {prob.min():.3g} to {prob.max():.3g}")
     if Path(path).suffix != ".npz": raise ValueError(f"{path}: the name of a soft label ends in .npz")
     steps = (255 * prob + .5).astype(np.uint8)

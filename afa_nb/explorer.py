@@ -7,6 +7,7 @@ __all__ = ['REFINEMENTS', 'CRF_SIDE', 'WIDTH', 'Settings', 'Bench', 'find_runs',
            'Explorer']
 
 # %% ../nbs/14_explorer.ipynb #03-14-explorer
+import contextlib, os
 from base64 import b64encode
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial, wraps
@@ -21,9 +22,10 @@ from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tenso
 
 from .affinity import window_mask
 from .cam import background_softmax, multi_scale_cam
-from .data import cache_dir, coco_splits, find_voc_root, layout, load, read_image, voc_folder
+from .data import TAG_TABLES, cache_dir, coco_splits, find_voc_root, layout, load, read_image, voc_folder
 from .evaluation import ConfusionMatrix, dense_crf, predicted_tags
 from .figures import legend, overlay, panels, show_heatmap, show_image
+from .model import _eval_mode
 from .par import PAMR, PAR
 from .pseudo_labels import half, present_classes, token_grid
 from .random_walk import transition_matrix
@@ -53,6 +55,9 @@ class Settings:
     w3: float = .01
 
     def __post_init__(self):
+        "Raises `ValueError` for a setting that makes no sense."
+        if self.radius < 1 or self.num_iter < 0: raise ValueError(f"radius must be at least 1 and num_iter not negative, got {self.radius} and {self.num_iter}")
+        if not min(self.alpha, self.w1, self.w2) > 0 or not self.w3 >= 0: raise ValueError(f"alpha, w1 and w2 must be positive and w3 not negative, got {self.alpha}, {self.w1}, {self.w2} and {self.w3}")
         if self.refinement not in REFINEMENTS: raise ValueError(f"refinement must be one of {', '.join(REFINEMENTS)}, not {self.refinement!r}")
         if not 0 <= self.low <= self.high <= 1: raise ValueError(f"need 0 <= low <= high <= 1, got low={self.low}, high={self.high}")
 
@@ -114,12 +119,12 @@ class _Asked(_Opened):
     def heads(self): return self.net.encoder.stages[-1].blocks[-1].attn.num_heads
 
     @_kept(1)
-    @torch.no_grad()
     def encoded(self):
         "Softmax attention (maps,N,N) and affinity (N,N) at the picture's own scale; CAM (1,K,H,W) in [0,1] and the affinity (1,N',N') of its largest scale."
         x = normalize(self.image.to(self.device))[None]
-        out, cam = self.net(x, seg=False, with_cam=True)
-        cams, affinity = multi_scale_cam(self.net, x, self.scales, first=cam)
+        with _eval_mode(self.net):
+            out, cam = self.net(x, seg=False, with_cam=True)
+            cams, affinity = multi_scale_cam(self.net, x, self.scales, first=cam)
         return (out.attention[0].float() * self.net.encoder.stages[-1].blocks[-1].attn.scale).softmax(-1), out.affinity[0].float(), cams, affinity
 
     def point(self, s: Settings) -> tuple[int, int]:
@@ -225,7 +230,12 @@ class Bench(_Stages):
 
 # %% ../nbs/14_explorer.ipynb #15-14-explorer
 @lru_cache(2)
-def _network(run, checkpoint): return load_run(run)
+def _network(run, checkpoint, digests): return load_run(run)
+
+def _newest(run):
+    "Its network, and not that of another run which was there before."
+    checkpoint = newest_checkpoint(Path(run))
+    return _network(str(run), checkpoint, checkpoint and (checkpoint / "sha256.json").read_text())
 
 def _data_of(config, data_root) -> tuple:  # folder, table of tags, folder of masks
     "Where the pictures are: the run's own data, or for `data_root` that folder."
@@ -242,11 +252,21 @@ def _usual_split(config, where):
     there = _splits(*where)
     return next(s for s in (config.val_split, "val", *(s for s in there if s.startswith("val")), *there[-1:]) if s in there)
 
+def _changed(root, tags, split) -> tuple:
+    "When the files were written that say which pictures there are, and what they show."
+    folder = Path(root).expanduser()
+    with contextlib.suppress(FileNotFoundError): folder = voc_folder(folder)
+    files = (tags, *(folder / name for name in (*TAG_TABLES, "classes.txt", f"ImageSets/Segmentation/{split}.txt", f"annotations/instances_{split}.json")))
+    return tuple(os.stat(file).st_mtime_ns for file in files if file and os.path.exists(file))
+
 @lru_cache(4)
-def _pictures(root, tags, masks, split):
-    "The pictures of a split, with their masks where there are some, and their numbers by name."
+def _read_pictures(root, tags, masks, split, changed):
     dataset = load(root, split, True if split == "masked" else None, tags, masks)
     return dataset, {record.name: number for number, record in enumerate(dataset.records)}
+
+def _pictures(root, tags, masks, split):
+    "The pictures of a split, with their masks where there are some, and their numbers by name."
+    return _read_pictures(root, tags, masks, split, _changed(root, tags, split))
 
 # %% ../nbs/14_explorer.ipynb #16-14-explorer
 def find_runs() -> list[Path]:
@@ -275,7 +295,7 @@ def open_bench(run,  # a run's folder
                split: str | None = None,  # a list of the data, of tagged images "all" or "masked"; None: val, or what is called so
               ) -> Bench:
     "A bench with a run's network and settings. Raises `FileNotFoundError` for a run, data set or file that is not there, `IndexError` for a number that is too high, `ValueError` where the classes differ."
-    net, config, classes = _network(str(run), newest_checkpoint(Path(run)))
+    net, config, classes = _newest(run)
     where = f", data_root={str(data_root)!r}" * (data_root is not None)
     if isinstance(image, (str, Path)) and Path(image).is_file(): sample, shown = _photograph(net, image), str(image)
     else:
@@ -407,7 +427,7 @@ class _Chooser(_View):
     "Which picture is shown, of which data, by which run."
     def open(self, run, image=0, data_root=None, split=None):
         "Shows another picture, data set or run; arguments as in `open_bench`."
-        bench, config, c = open_bench(run, image, data_root, split), _network(str(run), newest_checkpoint(Path(run)))[1], self.controls
+        bench, config, c = open_bench(run, image, data_root, split), _newest(run)[1], self.controls
         data = _data_of(config, data_root)
         split = split or _usual_split(config, data)
         numbers = _pictures(*data, split)[1]

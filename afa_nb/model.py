@@ -7,7 +7,7 @@ __all__ = ['AFAOutput', 'PRETRAINED', 'MLPDecoder', 'AFANet', 'pretrained', 'con
            'load_weights']
 
 # %% ../nbs/11_model.ipynb #02-11-model
-import inspect, re
+import contextlib, inspect, re
 from collections import namedtuple
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class MLPDecoder(nn.Module):
                ) -> torch.Tensor:  # logits (B,C,H_1,W_1)
         "The mixture as a sum over the stages, each computed at its own resolution."
         size, x = features[0].shape[-2:], 0
-        for F_i, (weight, bias) in zip(features, self._folded()):
+        for F_i, (weight, bias) in zip(features, self._folded(), strict=True):
             y = F.conv2d(F_i, weight, bias)
             x = x + (y if y.shape[-2:] == size else F.interpolate(y, size, mode="bilinear", align_corners=False))
         return self.predict(self.dropout(self.norm(x).relu()))
@@ -54,14 +54,22 @@ class MLPDecoder(nn.Module):
 AFAOutput = namedtuple("AFAOutput", "cls seg affinity attention")
 AFAOutput.__doc__ = "What `AFANet` gives: `cls` (B,K) logits, `seg` (B,C,H/4,W/4) logits, `affinity` (B,N,N) in (0,1), `attention` (B,16,N,N) logits. What was not asked for is None."
 
+# %% ../nbs/11_model.ipynb #14b-11-model
+@contextlib.contextmanager
+def _eval_mode(net):
+    "Evaluation mode and no gradients inside; afterwards every module is in the mode it had."
+    modes = [(m, m.training) for m in net.modules()] if isinstance(net, nn.Module) else []
+    if modes: net.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m, mode in modes: m.training = mode
+
 # %% ../nbs/11_model.ipynb #15-11-model
-@torch.no_grad()
 def _sizes(encoder: nn.Module, side: int = 64) -> tuple:  # channels of the features, of the attention; pixels per token
     "What an encoder gives. Raises `ValueError` if it is not what `MixTransformer` gives."
-    modes = [(m, m.training) for m in encoder.modules()]
     device = next((p.device for p in encoder.parameters()), "cpu")
-    found = encoder.eval()(torch.zeros(1, 3, side, side, device=device))
-    for m, mode in modes: m.training = mode
+    with _eval_mode(encoder): found = encoder(torch.zeros(1, 3, side, side, device=device))
     if not (isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[1], torch.Tensor)):
         raise ValueError("an encoder must give a list of features and the attention logits, as MixTransformer does")
     features, attention = found
@@ -82,6 +90,7 @@ class AFANet(nn.Module):
         "Raises `ValueError` for a setting that makes no sense, or an encoder whose output does."
         super().__init__()
         if not 2 <= num_classes <= 255: raise ValueError(f"num_classes counts the background, so it is at least 2, and at most 255, which marks ignored pixels; not {num_classes}")
+        if decoder_dim < 1: raise ValueError(f"decoder_dim must be at least 1, not {decoder_dim}")
         topk_pool(torch.zeros(1, 1, 2, 2), pooling)  # an impossible pooling fails here and not in the first step
         self.num_classes, self.pooling, self.stride = num_classes, pooling, stride
         self.variant = variant if isinstance(variant, str) else None
@@ -255,7 +264,7 @@ def load_weights(net: AFANet,  # on any device; changed in place
     try: state, kind = convert_weights(state)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     names = Path(source).expanduser() / "classes.txt"
-    anew = _OF_CLASSES if classes and names.is_file() and names.read_text().splitlines() != list(classes) else ()
+    anew = _OF_CLASSES if classes and names.is_file() and names.read_text("utf-8").splitlines() != list(classes) else ()
     if anew and verbose: print(f"{source} was trained for other classes: the classifier and the decoder's last layer begin anew")
     state = {k: v for k, v in state.items() if not k.startswith(anew)}
     there = state.get("classifier.weight", own["classifier.weight"])

@@ -23,7 +23,7 @@ from . import evaluation
 from .data import _images_below, atomic_write, read_image, read_tags, save_mask
 from .evaluation import PROTOCOLS, dense_crf, dense_crf_pool
 from .figures import overlay
-from .model import AFANet
+from .model import AFANet, _eval_mode
 from .training import load_run
 from .transforms import normalize, resize_bilinear
 
@@ -35,7 +35,7 @@ def to_picture(image,  # a path, a PIL image, a uint8 array (H,W,3) or (H,W), or
         if not isinstance(image, Image.Image) and Path(image).is_dir(): raise IsADirectoryError(f"{image} is a folder: `predict_folder` takes those")
         return read_image(image)
     tensor = isinstance(image, torch.Tensor)
-    array = image.numpy(force=True) if tensor else np.asarray(image)
+    array = evaluation._array(image)
     if tensor and array.ndim == 3: array = array.transpose(1, 2, 0)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or 0 in array.shape:
         raise ValueError(f"an image is a path, a PIL image, a uint8 array (H,W,3) or a uint8 tensor (3,H,W), not {type(image).__name__} of {array.dtype} {tuple(getattr(image, 'shape', ()))}")
@@ -48,6 +48,7 @@ def enlarge_labels(prob: torch.Tensor,  # (C,h,w)
                   ) -> np.ndarray:  # uint8 (H,W)
     "The best class of every pixel after bilinear enlargement of `prob` to `size`, without ever holding all of that."
     (H, W), (C, h, w) = size, prob.shape
+    prob = prob.float()
     y = ((torch.arange(H, device=prob.device) + .5) * h / H - .5).clamp(min=0)  # pixel centres, as align_corners=False has them
     above = y.long()
     below, share = (above + 1).clamp(max=h - 1), (y - above)[:, None]
@@ -80,7 +81,7 @@ class Predictor:
         if crf: evaluation._crf_class()  # says now what is missing
         if len(classes) != net.num_classes: raise ValueError(f"the network has {net.num_classes} classes with the background, but {len(classes)} names are given")
         if protocol not in PROTOCOLS: raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-        self.net, self.classes, self.protocol, self.crf, self.max_side = net.eval(), list(classes), protocol, crf, max_side
+        self.net, self.classes, self.protocol, self.crf, self.max_side = net, list(classes), protocol, crf, max_side
         self.long_side = PROTOCOLS[protocol]["long_side"] if long_side == "protocol" else long_side
         smallest = min(PROTOCOLS[protocol]["scales"])
         if min(self.long_side or max_side, max_side) * smallest < 32: raise ValueError(f"long_side {long_side} and max_side {max_side} at scale {smallest} leave less than the 32 pixels the encoder needs")
@@ -159,22 +160,22 @@ class _Table:
     def __init__(self, path, classes, done):
         self.path, self.header, self.rows = path, ["image", *classes[1:]], {}
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as f: self.rows = {r[0]: r[1:] for r in csv.reader(f) if r and done(r[0]) and len(r) == len(self.header)}
+            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f: self.rows = {r[0]: r[1:] for r in csv.reader(f) if r and done(r[0]) and len(r) == len(self.header)}
         self.write()
 
     def write(self):
-        with atomic_write(self.path) as file, open(file, "w", newline="", encoding="utf-8") as f:
+        with atomic_write(self.path) as file, open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
             csv.writer(f).writerows([self.header, *([name, *self.rows[name]] for name in sorted(self.rows))])
 
     def add(self, name, confidence):
         self.rows[name] = [f"{confidence[c]:.4f}" for c in self.header[1:]]
-        with open(self.path, "a", newline="", encoding="utf-8") as f: csv.writer(f).writerow([name, *self.rows[name]])
+        with open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape") as f: csv.writer(f).writerow([name, *self.rows[name]])
 
 # %% ../nbs/15_predict.ipynb #33-15-predict
 def read_confidences(path  # of `confidence.csv`
                     ) -> dict:  # name → {tag: probability}
     "The table of a folder of masks."
-    with open(path, newline="", encoding="utf-8") as f: (_, *tags), *rows = csv.reader(f)
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f: (_, *tags), *rows = csv.reader(f)
     return {name: dict(zip(tags, map(float, probabilities))) for name, *probabilities in rows}
 
 # %% ../nbs/15_predict.ipynb #34-15-predict
@@ -272,6 +273,8 @@ def _parser():
 def main(argv: list[str] | None = None) -> int:  # exit code: 0 all done, 1 some pictures failed, 2 wrong arguments
     "The command `afa-predict`."
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files that are no text still have to be said
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try:
         predictor = load(args.weights, args.best, args.device, protocol=args.protocol, crf=args.crf, max_side=args.max_side)
         report = predict_folder(predictor, args.images, args.out, read_tags(args.tags) if args.tags else None, args.overlays, args.overwrite, progress=not args.quiet)
@@ -303,7 +306,7 @@ def export_onnx(net: AFANet,
     if missing: raise ImportError(f"the export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     size, path = (size, size) if isinstance(size, int) else tuple(size), Path(path)
     example = torch.zeros(2, 3, *size, device=next(net.parameters()).device)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _eval_mode(net):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(_Segmentation(net).eval(), (example,), input_names=["image"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False)
     with atomic_write(path) as file: program.save(file, external_data=False)

@@ -67,7 +67,12 @@ def _check(image, cam, class_labels, low, high, box=None):
         raise ValueError(f"image {tuple(image.shape)}, cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)} must be (B,3,H,W), (B,K,h,w) and (B,K)")
     if min(image.shape[-2:]) < 2: raise ValueError(f"image {tuple(image.shape)} is too small to be halved")
     if not 0 <= low <= high <= 1: raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
-    if box is not None and box.shape != (len(image), 4): raise ValueError(f"box must be ({len(image)},4), rows (y0,y1,x0,x1), got {tuple(box.shape)}")
+    if box is not None: _check_box(box, len(image), *image.shape[2:])
+
+def _check_box(box, B, H, W):
+    if box.shape != (B, 4) or box.is_floating_point(): raise ValueError(f"box must be ({B},4) integers, rows (y0,y1,x0,x1), got {tuple(box.shape)} of {box.dtype}")
+    for y0, y1, x0, x1 in box.tolist() if box.device.type == "cpu" else []:
+        if not (0 <= y0 <= y1 <= H and 0 <= x0 <= x1 <= W): raise ValueError(f"box ({y0},{y1},{x0},{x1}) leads out of an image of {H}×{W}")
 
 # %% ../nbs/09_pseudo_labels.ipynb #19-09-pseudo-labels
 @torch.no_grad()

@@ -153,5 +153,7 @@ def _write(root, made_with):
 
 # %% ../nbs/01_shapes.ipynb #33-01-shapes
 def shapes_root(num_train:int=2400, num_val:int=120, size:int=96, seed:int=0) -> Path:
-    "`make_shapes` in the cache folder (`data.cache_dir`): the data set of the demo."
-    return make_shapes(cache_dir()/f"shapes-v{VERSION}-{num_train}-{num_val}-{size}-{seed}", num_train, num_val, size, seed)
+    "`make_shapes` in the cache folder (`data.cache_dir`): the data set of the demo. `PermissionError` where that cannot be written to."
+    folder = cache_dir()/f"shapes-v{VERSION}-{num_train}-{num_val}-{size}-{seed}"
+    try: return make_shapes(folder, num_train, num_val, size, seed)
+    except PermissionError as e: raise PermissionError(f"{folder}: may not be written here; name another folder for the cache in $AFA_NB_CACHE") from e

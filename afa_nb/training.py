@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -174,7 +175,7 @@ def _train_split(root, split, say):
     return "train"
 
 # %% ../nbs/13_training.ipynb #10-13-training
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list", type(None): "none"}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list of numbers", type(None): "none"}
 
 def check(config: Config):
     "Raises `ValueError` naming the first setting that makes no sense, before anything is computed."
@@ -182,8 +183,10 @@ def check(config: Config):
     for name, value in vars(c).items():
         kinds = _kinds(name)
         fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and (bool in kinds or not isinstance(value, bool))  # a bool is an int to Python
+        fits = fits and (not isinstance(value, tuple) or all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value))
         if not fits:
             raise ValueError(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {value!r}")
+        if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)): raise ValueError(f"{name} must be finite, not {value!r}")
     variant_of(c.backbone)
     rules = [
         (c.supervision in SUPERVISION, f"supervision must be one of {', '.join(SUPERVISION)}, not {c.supervision!r}"),
@@ -443,15 +446,16 @@ def open_run(config: Config, classes: list[str]) -> Path:
     path, names = run_dir / "config.json", run_dir / "classes.txt"
     if any(run_dir.glob("checkpoints/step-*")) and (before := _settings_before(path)):
         before, may_differ = json.loads(json.dumps(asdict(Config(released_start=False)))) | before, _MAY_DIFFER - ({"masks"} if config.supervision == "mask" else set())  # a setting that is younger than the run
+        if unknown := set(before) - set(now): raise ValueError(f"{path}: unknown setting {', '.join(sorted(unknown))}: is it of a later version?")
         different = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k not in may_differ and before[k] != v]
         if different: raise ValueError(f"{run_dir} holds a run with other settings ({'; '.join(different)}). Choose another run_dir, or the same settings to continue it.")
-        had = names.read_text().splitlines() if names.exists() else classes
+        had = names.read_text("utf-8").splitlines() if names.exists() else classes
         if had != list(classes):
             changes = [f"{word} {', '.join(c for c in those if c not in others)}" for word, those, others in (("new are", classes, had), ("gone are", had, classes)) if set(those) - set(others)]
             raise ValueError(f"{run_dir} holds a run with other classes ({'; '.join(changes) or 'in another order'}). Choose another run_dir, or the same data to continue it.")
         if now == before: return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_write(names) as file: file.write_text("\n".join(classes) + "\n")
+    with atomic_write(names) as file: file.write_text("\n".join(classes) + "\n", "utf-8")
     with atomic_write(path) as file: file.write_text(json.dumps(now, indent=1))
     return run_dir
 
@@ -467,26 +471,44 @@ class Metrics:
     "Appends rows to `metrics.jsonl`; what a continued run will compute again is dropped first."
     def __init__(self, run_dir, step, active=True):
         self.path, self.active, self.rows = Path(run_dir) / "metrics.jsonl", active, [r for r in read_metrics(run_dir) if r["step"] <= step]
-        if active:
-            with atomic_write(self.path) as file: file.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        text = "".join(json.dumps(r) + "\n" for r in self.rows)
+        if active and not (self.path.exists() and self.path.read_text() == text):
+            with atomic_write(self.path) as file: file.write_text(text)
 
     def add(self, **row):
         self.rows.append(row)
         if self.active:
             with open(self.path, "a") as f: f.write(json.dumps(row) + "\n")
 
+def _compare_data(run_dir, trainset, say):
+    "Says if a continued run goes on with other images or tags than it has begun with."
+    path, now = run_dir / "data.json", dict(images=len(trainset), fingerprint=data.fingerprint(trainset, masks=False))
+    if not any(run_dir.glob("checkpoints/step-*")) or not path.exists():
+        with atomic_write(path) as file: file.write_text(json.dumps(now))
+    elif (before := json.loads(path.read_text())) != now:
+        say(f"The images to train on, or their tags, are not those that this run has begun with ({before['images']} images then, {now['images']} now). Choose another run_dir to learn from them from the start.")
+
 # %% ../nbs/13_training.ipynb #38-13-training
 def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
-    "The network of a run with the weights it starts from."
+    "The network of a run with the weights it starts from. Seeds PyTorch's random numbers with the run's seed."
     torch.manual_seed(config.seed)
     net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
     if config.released_start: torch.nn.init.kaiming_normal_(net.affinity_head.proj.weight, a=5 ** .5, mode="fan_out")
     if config.weights != "none": load_weights(net, config.weights, verbose, classes)
     return net
 
+def _round_products(config): torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+
+@contextlib.contextmanager
+def _rounding_kept():
+    "What `_round_products` changes is in the end as it was."
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try: yield
+    finally: torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
 def _arranged(net, config):
     "`net` as the settings of speed want it."
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    _round_products(config)
     if config.channels_last: net = net.to(memory_format=torch.channels_last)
     if config.compile: net.encoder.compile(dynamic=False), net.decoder.compile(dynamic=False)
     return net
@@ -563,32 +585,49 @@ def _shared_statistics(net, accelerator):
     several = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if several else net
 
-def _start(config, classes, accelerator, say, verbose):
-    "The run's folder, network and optimiser as its newest checkpoint left them, and the step to go on with."
+def _start(config, classes, accelerator, verbose):
+    "The run's folder, and network and optimiser as they begin."
     with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
         net = _shared_statistics(_arranged(build(config, classes, verbose), config), accelerator)
         run_dir = open_run(config, classes)
     optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     net, optimizer = accelerator.prepare(net, optimizer)
+    return run_dir, net, optimizer
+
+def _continue(run_dir, config, net, optimizer, accelerator, say):
+    "Everything as the newest checkpoint left it; gives the step to go on with."
     seed_everything(config.seed + accelerator.process_index)
-    folder, start = newest_checkpoint(run_dir, say), 0
-    if folder:
-        start = load_checkpoint(folder, net, optimizer, accelerator)
-        say(f"{run_dir}: " + (f"continuing at step {start}" if start < config.max_iters else "this run is finished"))
-    return run_dir, net, optimizer, start
+    folder = newest_checkpoint(run_dir, say)
+    if folder is None: return 0
+    start = load_checkpoint(folder, net, optimizer, accelerator)
+    say(f"{run_dir}: " + (f"continuing at step {start}" if start < config.max_iters else "this run is finished"))
+    return start
 
 # %% ../nbs/13_training.ipynb #x94716126
 @contextlib.contextmanager
 def _interrupts_wait():
-    "A first Ctrl-C inside only makes the function that this gives say True; a second one stops at once."
+    """A first Ctrl-C, or a SIGTERM as a queue sends it, inside only makes the function that this gives say True; a second one stops at once.
+    After a SIGTERM the process ends when the block does."""
     asked = []
     if threading.current_thread() is not threading.main_thread(): yield lambda: False; return
-    def ask(*_):
+    def ask(number, _):
         if asked: raise KeyboardInterrupt
-        asked.append(True)
-    before = signal.signal(signal.SIGINT, ask)
+        asked.append(number)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield lambda: bool(asked)
-    finally: signal.signal(signal.SIGINT, before)
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+        if signal.SIGTERM in asked: signal.raise_signal(signal.SIGTERM)
+
+@contextlib.contextmanager
+def _alone(run_dir, main):
+    "No other process trains this run inside. Raises `RuntimeError` if one does."
+    if not main: yield; return
+    lock = FileLock(run_dir / ".training.lock", timeout=0)
+    try: lock.acquire()
+    except Timeout: raise RuntimeError(f"{run_dir}: another process is training this run. Wait for it, or choose another run_dir") from None
+    try: yield
+    finally: lock.release()
 
 def _idle(net, config):
     "What learns nothing before `cam_iters`, where it is to begin as in the released code."
@@ -596,6 +635,7 @@ def _idle(net, config):
     return [p for name, p in net.named_parameters() if name.removeprefix("module.").startswith(("decoder.", "affinity_head."))]
 
 # %% ../nbs/13_training.ipynb #40-13-training
+@_rounding_kept()
 def train(config: Config, live: bool = False,  # draw the curves in the notebook while training
           verbose: bool = True, ladder=LADDER,  # rungs of the evaluation at the end; () leaves it out
           until: int | None = None,  # stop after so many iterations, with a checkpoint
@@ -609,7 +649,16 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     if config.supervision == "mask": accelerator.print(SUPERVISION["mask"])
     trainset, valset = open_data(config)
     for problem in data.problems(trainset): say(problem)
-    run_dir, net, optimizer, start = _start(config, trainset.classes, accelerator, say, verbose and main)
+    run_dir, net, optimizer = _start(config, trainset.classes, accelerator, verbose and main)
+    with _alone(run_dir, main):
+        start = _continue(run_dir, config, net, optimizer, accelerator, say)
+        if main: _compare_data(run_dir, trainset, say)
+        _learn(config, run_dir, net, optimizer, start, trainset, valset, accelerator, say, live, verbose, ladder, until)
+    return run_dir
+
+def _learn(config, run_dir, net, optimizer, start, trainset, valset, accelerator, say, live, verbose, ladder, until):
+    "The iterations from `start` on, and what is measured meanwhile and at the end."
+    main = accelerator.is_main_process
     metrics, window, labeller = Metrics(run_dir, start, main), _Window(), Labeller(config)
     curves = _live_curves(metrics, config.val_split) if live and main else lambda: None
     stop = config.max_iters if until is None else min(until, config.max_iters)
@@ -651,7 +700,6 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
                 curves()
     if stop == config.max_iters: _finish(net, valset, metrics, config, ladder, accelerator)
     curves()
-    return run_dir
 
 # %% ../nbs/13_training.ipynb #41-13-training
 def _log(metrics, window, step, optimizer, config, accelerator):
@@ -681,15 +729,14 @@ def _as_written(net):
     finally:
         if wrapped is not None: net.forward = wrapped
 
-def _evaluate(net, dataset, split, metrics, step, config, ladder, limit, accelerator=None, final=False):
-    "Adds one row of the ladder to the metrics."
+def _evaluate(net, dataset, split, step, config, ladder, limit, accelerator=None, final=False):
+    "One row of the ladder for the metrics."
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), _as_written(accelerator.unwrap_model(net) if accelerator else net) as net:  # each size of image would be compiled
         row = evaluate(net, dataset, ladder=ladder, limit=limit, accelerator=accelerator, num_workers=config.num_workers, **evaluation_settings(config))
     name = "shapes" if config.data_root is None else Path(config.data_root).name
     row.update(kind="eval", step=step, split=split, limit=limit, data=name, seed=config.seed, final=final, device=device_name(row["device"]))
-    metrics.add(**row)
-    return row
+    return row | dict(fingerprint=data.fingerprint(dataset))
 
 def _rungs(ladder, config):
     "Those that the network has: one that learned from masks has no CAM. Raises `ValueError` if none is left."
@@ -704,9 +751,16 @@ def _due(step, config): return step > 0 and step % config.eval_every == 0 and st
 
 def _measure(net, valset, metrics, step, config, ladder, limit, accelerator, final=False):
     "One more evaluation on val; the weights that segmented the same images best so far stay in `best/`."
-    row = _evaluate(net, valset, config.val_split, metrics, step, config, _rungs(ladder, config), limit, accelerator, final)
-    before = [r["seg"] for r in metrics.rows[:-1] if r["kind"] == "eval" and r["split"] == row["split"] and r["images"] == row["images"] and "seg" in r]
-    if accelerator.is_main_process and row["seg"] > max(before, default=-1): _save_best(net, config, accelerator, step=step, miou=row["seg"])
+    row = _evaluate(net, valset, config.val_split, step, config, _rungs(ladder, config), limit, accelerator, final)
+    rows = [r for r in metrics.rows if r["kind"] == "eval" and r["split"] == row["split"] and "seg" in r]
+    before = [r["seg"] for r in rows if _of(r, row["fingerprint"]) and r["images"] == row["images"]]
+    changed = not before and not all(_of(r, row["fingerprint"]) for r in rows)  # val is another now: nothing says that these weights are better
+    if accelerator.is_main_process and not changed and row["seg"] > max(before, default=-1): _save_best(net, config, accelerator, step=step, miou=row["seg"])
+    metrics.add(**row)  # after the weights: where the row is, they are
+
+def _of(row, fingerprint):
+    "Whether a row was measured on that data. Old rows do not say."
+    return row.get("fingerprint", fingerprint) == fingerprint
 
 def _save_best(net, config, accelerator, **notes): save_weights(accelerator.unwrap_model(net), Path(config.run_dir) / "best" / "model.safetensors", **notes)
 
@@ -717,11 +771,11 @@ def _finish(net, valset, metrics, config, ladder, accelerator):
         if accelerator.is_main_process and not any(r["kind"] == "note" for r in metrics.rows):
             _save_best(net, config, accelerator, step=config.max_iters)
             metrics.add(kind="note", step=config.max_iters, final=True, text="No image has a mask, so nothing was measured. best/ holds the last weights.")
-    elif ladder and not any(r["final"] for r in rows):
+    elif ladder and not any(r["final"] and _of(r, data.fingerprint(valset)) for r in rows):
         fewer = rows and config.eval_limit is not None and config.eval_limit < len(valset)
         if fewer and rows[-1]["step"] < config.max_iters:  # what was measured on a part of val is compared on that part
             _measure(net, valset, metrics, config.max_iters, config, _WHILE_TRAINING, config.eval_limit, accelerator)
-        if fewer: _evaluate(net, valset, config.val_split, metrics, config.max_iters, config, _rungs(ladder, config), None, accelerator, final=True)
+        if fewer: metrics.add(**_evaluate(net, valset, config.val_split, config.max_iters, config, _rungs(ladder, config), None, accelerator, final=True))
         else: _measure(net, valset, metrics, config.max_iters, config, ladder if "seg" in ladder else (*ladder, "seg"), None, accelerator, final=True)
 
 # %% ../nbs/13_training.ipynb #x22199675
@@ -759,22 +813,27 @@ def load_run(run_dir,  # of `train`
     if unknown := set(values) - set(_TYPES): raise ValueError(f"{run_dir / 'config.json'}: unknown setting {', '.join(sorted(unknown))}: is it of a later version?")
     config = Config(**values | dict(run_dir=str(run_dir)))
     if not (run_dir / "classes.txt").exists(): raise FileNotFoundError(f"{run_dir / 'classes.txt'} is gone: one class name a line, background first")
-    classes = (run_dir / "classes.txt").read_text().splitlines()
+    classes = (run_dir / "classes.txt").read_text("utf-8").splitlines()
     net = AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
     folder = run_dir / "best" if best else newest_checkpoint(run_dir)
-    if folder is None or not (folder / "model.safetensors").exists(): raise FileNotFoundError(f"{run_dir} holds no whole checkpoint yet")
+    if folder is None: raise FileNotFoundError(f"{run_dir} holds no whole checkpoint yet")
+    if not (folder / "model.safetensors").exists(): raise FileNotFoundError(f"{folder} holds no weights: nothing was measured in this run yet")
     load_weights(net, folder / "model.safetensors", verbose=False)
     return net.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config, classes
 
 # %% ../nbs/13_training.ipynb #44-13-training
+@_rounding_kept()
 def evaluate_run(run_dir, split: str = "val",  # list of images
                  ladder=LADDER, limit: int | None = None,  # as in `evaluation.evaluate`
                 ) -> dict:
     """The ladder of a run on another split or with other rungs; added to its `metrics.jsonl`, and read from there the next time. The row's `step` says which checkpoint it was, the newest,
     and `final` whether that is the end. Raises what `load_run` and `evaluation.evaluate` raise."""
     net, config, _ = load_run(run_dir)
-    step, ladder = _step_of(newest_checkpoint(Path(run_dir))), _rungs(ladder, config)
-    metrics = Metrics(run_dir, config.max_iters)
-    for r in metrics.rows:
-        if r["kind"] == "eval" and r["step"] == step and r["split"] == split and set(ladder) <= set(r) and limit == r.get("limit"): return r
-    return _evaluate(net, open_split(config, split, masks=True), split, metrics, step, config, ladder, limit, final=step == config.max_iters)
+    _round_products(config)
+    step, ladder, dataset = _step_of(newest_checkpoint(Path(run_dir))), _rungs(ladder, config), open_split(config, split, masks=True)
+    known = data.fingerprint(dataset)
+    for r in read_metrics(run_dir):
+        if r["kind"] == "eval" and r["step"] == step and r["split"] == split and set(ladder) <= set(r) and limit == r.get("limit") and _of(r, known): return r
+    row = _evaluate(net, dataset, split, step, config, ladder, limit, final=step == config.max_iters)
+    Metrics(run_dir, config.max_iters).add(**row)
+    return row

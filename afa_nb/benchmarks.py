@@ -826,7 +826,9 @@ def _cells(row: dict) -> list[str]:
     memory = lambda side: show(row.get(side, {}).get("memory_mb"), lambda mb: f"{mb:.0f} MB")
     ratio = lambda value: show(value, lambda v: f"{v:.0f}" if v >= 20 else f"{v:.1f}")
     floor = row["ours"]["seconds"] / row["floor_seconds"] if "floor_seconds" in row else None
-    return [describe(row), seconds("ours"), row.get("naive_failed") or seconds("naive"), ratio(row.get("faster")), memory("ours"), memory("naive"), ratio(row.get("less_memory")), ratio(floor), show(row.get("error"), lambda e: f"{e:.0e}" if e else "0")]
+    error = show(row.get("error"), lambda e: f"{e:.0e}" if e else "0")
+    return [describe(row), seconds("ours"), row.get("naive_failed") or seconds("naive"), ratio(row.get("faster")),
+            memory("ours"), memory("naive"), ratio(row.get("less_memory")), ratio(floor), error]
 
 def _time(seconds): return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms" if seconds >= .02 else f"{1e3 * seconds:.2g} ms"
 

@@ -377,7 +377,8 @@ def ladder_labels(
     if image.dtype != torch.uint8: raise ValueError(f"image must be uint8, the picture before any transform, got {image.dtype}")
     device = next(net.parameters()).device
     with _eval_mode(net):
-        _, labels = _climb(net, image.to(device), class_labels.to(device), None if mask is None else mask.to(device), rungs, par or PAR(), scales, background, radius, alpha, protocol, long_side)
+        moved = image.to(device), class_labels.to(device), None if mask is None else mask.to(device)
+        _, labels = _climb(net, *moved, rungs, par or PAR(), scales, background, radius, alpha, protocol, long_side)
     if "seg_crf" in labels:
         items = [(None, *pair) for pair in zip(image, labels["seg_crf"])]
         labels["seg_crf"] = torch.stack([torch.from_numpy(label) for _, label in dense_crf_pool(items, 0, hard=True)])

@@ -127,10 +127,12 @@ SUPERVISION = dict(
 PRESETS = dict(
     voc=dict(precision="auto"),
     coco=dict(precision="auto", run_dir="runs/coco", train_split="train2014", val_split="val2014", max_iters=80_000, cam_iters=5_000, aff_iters=20_000, eval_every=10_000, save_every=5_000),
-    demo=dict(released_start=False, run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64, max_iters=700, cam_iters=200, aff_iters=340,
+    demo=dict(released_start=False, run_dir="runs/demo", train_split="train", backbone="mit_tiny", weights="none", stride=8, pooling=.1, decoder_dim=64,
+              max_iters=700, cam_iters=200, aff_iters=340,
               warmup_iters=20, batch_size=16, lr=1e-3, head_lr_ratio=1., decoder_lr_ratio=4., norm_lr_ratio=1., lambda_aff=.3, lambda_reg=8., crop_size=96, scale=(1., 1.5), long_side=None,
               drop_path=.4, cam_scales=(1, 1.5), radius=3, dilations=(1, 2, 4), eval_every=175, eval_limit=40, save_every=70, log_every=20, num_workers=0),
-    own=dict(precision="auto", max_side=512, run_dir="runs/own", train_split="all", val_split="masked", max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
+    own=dict(precision="auto", max_side=512, run_dir="runs/own", train_split="all", val_split="masked",
+             max_iters=2_000, cam_iters=600, aff_iters=1_000, warmup_iters=150, crop_size=320, eval_every=500, save_every=250),
 )
 
 def preset(name: str,  # a row of `PRESETS`
@@ -445,13 +447,15 @@ def open_run(config: Config, classes: list[str]) -> Path:
     run_dir, now = Path(config.run_dir), json.loads(json.dumps(asdict(config)))
     path, names = run_dir / "config.json", run_dir / "classes.txt"
     if any(run_dir.glob("checkpoints/step-*")) and (before := _settings_before(path)):
-        before, may_differ = json.loads(json.dumps(asdict(Config(released_start=False)))) | before, _MAY_DIFFER - ({"masks"} if config.supervision == "mask" else set())  # a setting that is younger than the run
+        before = json.loads(json.dumps(asdict(Config(released_start=False)))) | before  # a setting that is younger than the run
+        may_differ = _MAY_DIFFER - ({"masks"} if config.supervision == "mask" else set())
         if unknown := set(before) - set(now): raise ValueError(f"{path}: unknown setting {', '.join(sorted(unknown))}: is it of a later version?")
         different = [f"{k} was {before[k]!r}, now {v!r}" for k, v in now.items() if k not in may_differ and before[k] != v]
         if different: raise ValueError(f"{run_dir} holds a run with other settings ({'; '.join(different)}). Choose another run_dir, or the same settings to continue it.")
         had = names.read_text("utf-8").splitlines() if names.exists() else classes
         if had != list(classes):
-            changes = [f"{word} {', '.join(c for c in those if c not in others)}" for word, those, others in (("new are", classes, had), ("gone are", had, classes)) if set(those) - set(others)]
+            new, gone = [c for c in classes if c not in had], [c for c in had if c not in classes]
+            changes = [f"{word} {', '.join(those)}" for word, those in (("new are", new), ("gone are", gone)) if those]
             raise ValueError(f"{run_dir} holds a run with other classes ({'; '.join(changes) or 'in another order'}). Choose another run_dir, or the same data to continue it.")
         if now == before: return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -668,7 +672,8 @@ def _learn(config, run_dir, net, optimizer, start, trainset, valset, accelerator
     if config.cam_iters >= config.max_iters and config.supervision != "mask": say(f"cam_iters {config.cam_iters} is not below max_iters {config.max_iters}: only the classifier learns.")
     bar = tqdm(range(start, stop), initial=start, total=config.max_iters, desc="train", disable=not (verbose and main), mininterval=2, file=_Line() if live and main else None)
     idle, alone = _idle(net, config), accelerator.num_processes == 1
-    if valset is not None and _due(start, config) and not any(r["kind"] == "eval" and r["step"] == start and r["split"] == config.val_split for r in metrics.rows):  # stopped between checkpoint and evaluation
+    measured = any(r["kind"] == "eval" and r["step"] == start and r["split"] == config.val_split for r in metrics.rows)
+    if valset is not None and _due(start, config) and not measured:  # stopped between checkpoint and evaluation
         _measure(net, valset, metrics, start, config, _WHILE_TRAINING, config.eval_limit, accelerator)
     with _interrupts_wait() if alone else contextlib.nullcontext(lambda: False) as interrupted:
         for step in bar:
@@ -731,8 +736,8 @@ def _as_written(net):
 
 def _evaluate(net, dataset, split, step, config, ladder, limit, accelerator=None, final=False):
     "One row of the ladder for the metrics."
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"), _as_written(accelerator.unwrap_model(net) if accelerator else net) as net:  # each size of image would be compiled
+    net = accelerator.unwrap_model(net) if accelerator else net
+    with torch.compiler.set_stance("force_eager"), _as_written(net) as net:  # each size of image would be compiled
         row = evaluate(net, dataset, ladder=ladder, limit=limit, accelerator=accelerator, num_workers=config.num_workers, **evaluation_settings(config))
     name = "shapes" if config.data_root is None else Path(config.data_root).name
     row.update(kind="eval", step=step, split=split, limit=limit, data=name, seed=config.seed, final=final, device=device_name(row["device"]))

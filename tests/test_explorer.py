@@ -19,10 +19,10 @@ TINY = dict(max_iters=2, crop_size=64, batch_size=2, radius=2, eval_every=2)
 def cache(tmp_path, monkeypatch): monkeypatch.setenv("AFA_NB_CACHE", str(tmp_path / "cache"))
 
 
-def picture(file, k):
+def picture(file, k, seed=0):
     "A picture with a square of class k; gives its corners."
     top, left, side = 10, 20, 24 + k
-    pixels = np.random.default_rng(k).integers(0, 99, (72, 96, 3), dtype=np.uint8)
+    pixels = np.random.default_rng((k, seed)).integers(0, 99, (72, 96, 3), dtype=np.uint8)
     pixels[top:top + side, left:left + side, k] = 250
     Image.fromarray(pixels).save(file)
     return [left, top, left + side, top, left + side, top + side, left, top + side]
@@ -47,9 +47,9 @@ def coco(tmp_path):
 def tagged(tmp_path):
     "Three tagged pictures in sub-folders; one has a mask."
     root = tmp_path / "tagged"
-    for name, k in (("cat/tom", 1), ("cat/felix", 1), ("dog/rex", 2)):
+    for seed, (name, k) in enumerate((("cat/tom", 1), ("cat/felix", 1), ("dog/rex", 2))):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        left, top, right, _, _, bottom, *_ = picture(root / f"{name}.png", k)
+        left, top, right, _, _, bottom, *_ = picture(root / f"{name}.png", k, seed)
     mask = np.zeros((72, 96), np.uint8)
     mask[top:bottom, left:right] = 2
     (tmp_path / "masks/dog").mkdir(parents=True)

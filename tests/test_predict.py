@@ -89,7 +89,7 @@ def test_command_line(photos, run, tmp_path):
 @pytest.mark.parametrize("more, message", [
     (dict(run="nowhere"), "nowhere holds no config.json: is it a run's folder?"), (dict(photos="nowhere"), "nowhere: no such image or folder"),
     (dict(out="file"), "file: cannot be written to"), (dict(tags="zebra.csv"), "tag 'zebra' is not one of the network's classes: cow, person, yak"),
-    (dict(tags="short.csv"), "has no row for it"), (dict(run="no_checkpoint"), "no_checkpoint holds no whole checkpoint"), (dict(photos="empty"), "there is no picture in this folder")],
+    (dict(tags="short.csv"), "has no row for it"), (dict(run="no_checkpoint"), "best holds no weights: nothing was measured"), (dict(photos="empty"), "there is no picture in this folder")],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
 def test_wrong_arguments(photos, run, tmp_path, capsys, more, message):
     (tmp_path / "file").write_text("")
@@ -157,6 +157,38 @@ print(round(peak() - before))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 800, f"{done.stdout} MB"
+
+
+def test_masks_of_before_are_no_pictures(photos, predictor):
+    predict.predict_folder(predictor, photos, photos / "masks")
+    assert len(predict.predict_folder(predictor, photos, photos / "more", overlays=True).done) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_names_that_are_no_text(photos, predictor, tmp_path):
+    os.rename(photos / "0.jpg", os.fsencode(photos) + b"/caf\xe9.jpg")
+    name = os.fsdecode(b"caf\xe9")
+    assert name in predict.predict_folder(predictor, photos, tmp_path / "out").done
+    assert name in predict.read_confidences(tmp_path / "out/confidence.csv")
+    assert name in predict.predict_folder(predictor, photos, tmp_path / "out").skipped
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_parent(photos, run, tmp_path):
+    def alive(): return {p.name for p in Path("/proc").iterdir() if p.name.isdigit() and marked(p)}
+    def marked(p):
+        try: return b"AFA_NB_TEST_WORKERS" in (p / "environ").read_bytes()
+        except OSError: return False
+
+    for i in range(6, 60): picture(300, 300, i).save(photos / f"{i}.jpg")
+    process = subprocess.Popen(command(photos, run, tmp_path / "out", "--crf"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | dict(AFA_NB_TEST_WORKERS="1"))
+    deadline = time.time() + 300
+    while not list((tmp_path / "out").glob("*.png")) and time.time() < deadline: time.sleep(.05)
+    assert len(alive()) > 1
+    process.kill(), process.wait()
+    while alive() and time.time() < deadline: time.sleep(.2)
+    assert not alive()
 
 
 def test_masks_of_two_networks_do_not_mix(photos, predictor, tmp_path):

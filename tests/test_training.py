@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from afa_nb import training
 from afa_nb.data import save_mask, voc
-from afa_nb.evaluation import LADDER, ladder_labels, predict
+from afa_nb.evaluation import LADDER, evaluate, ladder_labels, predict
 from afa_nb.model import AFANet
+from afa_nb.predict import Predictor
 from afa_nb.shapes import make_shapes
 from afa_nb.training import NotFinite, check, evaluate_run, preset, read_metrics, train
 from afa_nb.transforms import normalize
@@ -147,6 +149,9 @@ def test_small_and_thin_pictures_are_measured_too(size):
     net = AFANet(3, "mit_tiny", stride=8, decoder_dim=16).eval()
     for long_side in (None, 512):
         labels = ladder_labels(net, image, torch.tensor([[1., 1]]), (*LADDER, "raw_attention_par", "oracle_par"), long_side=long_side, mask=mask)
+        alone = {rung: ladder_labels(net, image, torch.tensor([[1., 1]]), (rung,), long_side=long_side)[rung] for rung in ("cam_par", "seg", "seg_ms")}
+        assert all((labels[rung] == label).all() for rung, label in alone.items()), "a label depends on which others are asked for"
+        assert (labels["seg_ms"] == predict(net, normalize(image), long_side=long_side).argmax(1)).all()
         assert all(label.shape == mask.shape for label in labels.values()) and predict(net, normalize(image), long_side=long_side).shape == (1, 3, *size)
 
 
@@ -253,6 +258,81 @@ def test_an_interrupt_saves_the_step(root, whole, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="saved at step 5"): train(config, verbose=False)
     monkeypatch.setattr(training, "training_step", step)
     assert same(weights(train(config, verbose=False)), weights(whole))
+
+
+@pytest.mark.slow
+def test_a_sigterm_saves_the_step_and_ends_the_process(root, whole, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(root, run, save_every=100, max_iters=5000, cam_iters=5000, aff_iters=5000, log_every=1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while len(read_metrics(run)) < 3 and time.time() < deadline: time.sleep(.02)
+    before = len(read_metrics(run))
+    process.terminate()
+    assert process.wait(60) == -signal.SIGTERM
+    steps = [int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir()]
+    assert max(steps) >= before and max(steps) == read_metrics(run)[-1]["step"]
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(root, whole):
+    config = training.load_run(whole)[1]
+    with FileLock(whole / ".training.lock"), pytest.raises(RuntimeError, match="another process is training this run"): train(config, verbose=False)
+    assert train(config, verbose=False) == whole
+
+
+def test_other_images_are_said_and_other_masks_measured(tmp_path, capsys):
+    root = make_shapes(tmp_path / "shapes", num_train=16, num_val=4, size=64)
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
+    train(config, verbose=False, ladder=("seg",), until=6)
+    names = root / "ImageSets/Segmentation/train.txt"
+    names.write_text("\n".join(names.read_text().split()[:8]))
+    run = train(config, ladder=("seg",))
+    assert "16 images then, 8 now" in capsys.readouterr().out
+    first = evaluate_run(run, ladder=("seg",))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "Metrics", lambda *a: 1 / 0)  # what is known is only read
+        assert evaluate_run(run, ladder=("seg",)) == first
+    names = root / "ImageSets/Segmentation/val.txt"
+    names.write_text("\n".join(names.read_text().split()[:2]))
+    best = (run / "best/model.safetensors").read_bytes()
+    assert evaluate_run(run, ladder=("seg",))["images"] == 2 and first["images"] == 4
+    train(config, verbose=False, ladder=("seg",))
+    assert (run / "best/model.safetensors").read_bytes() == best  # weights measured on other images are no better for that
+
+
+def test_weights_come_before_the_row_that_says_how_good_they_are(root, tmp_path, monkeypatch):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_save_best", lambda *a, **k: 1 / 0)  # a full disk
+        with pytest.raises(ZeroDivisionError): train(config, verbose=False, ladder=("seg",))
+    assert not any(r["kind"] == "eval" for r in read_metrics(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="nothing was measured"): training.load_run(tmp_path / "run", best=True)
+    assert (train(config, verbose=False, ladder=("seg",)) / "best/model.safetensors").exists()
+
+
+def test_a_setting_of_a_later_version_is_refused(root, tmp_path):
+    config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
+    path = train(config, verbose=False, until=3) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(future=3)))
+    with pytest.raises(ValueError, match="unknown setting future"): train(config, verbose=False)
+
+
+def test_nothing_of_the_caller_is_changed(root, whole):
+    "Neither the modes of his network's parts, nor his random numbers, nor how products are rounded."
+    net, config, classes = training.load_run(whole)
+    net.train(), net.encoder.eval()
+    modes = [m.training for m in net.modules()]
+    _, val = training.open_data(config)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    labels = ladder_labels(net, val[0]["image"][None], val[0]["class_labels"][None], ("cam", "seg_ms"))
+    evaluate(net, val, ("seg",), num_workers=1)
+    Predictor(net, classes)(val[0]["image"])
+    random = torch.rand(1)
+    torch.manual_seed(0)
+    assert random == torch.rand(1) and modes == [m.training for m in net.modules()]
+    labels["cam"][:] = 255  # an ordinary tensor
+    train(config, verbose=False)
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_an_evaluation_that_was_missed_is_made_up_for(root, tmp_path, monkeypatch):

@@ -68,17 +68,14 @@ class _Refinement(nn.Module):
         "How much each neighbour of each pixel counts."
         if image.ndim != 4: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
         if (settings := self.fused()) and (gpu := gpu_kernels(image.device)): return gpu.neighbour_weights(image.float(), self.offsets, **settings)
-        I, r = image.float().transpose(0, 1), max(self.dilations)
-        _, B, H, W = I.shape
-        padded = F.pad(I, [r] * 4, mode="replicate")
-        kernel = I.new_empty(B, H, W, len(self.offsets))
-        rows = max(1, 2 ** (12 if I.device.type == "cpu" else 19) // (B * W))
-        for y in range(0, H, rows):
-            n = min(rows, H - y)
-            neighbours = torch.stack([padded[:, :, r + y + dy:r + y + dy + n, r + dx:r + dx + W] for dy, dx in self.offsets], 1)
-            weights = self.weights(neighbours.flatten(2), I[:, None, :, y:y + n].flatten(2))
-            kernel[:, y:y + n] = weights.expand(-1, B * n * W).T.contiguous().view(B, n, W, -1)
-        return kernel.permute(0, 3, 1, 2)
+        B, _, H, W = image.shape
+        I, index = image.float().transpose(0, 1).flatten(1), neighbour_index(B, H, W, tuple(self.offsets), image.device)
+        kernel = I.new_empty(index.shape)
+        step = 2 ** (12 if I.device.type == "cpu" else 19)
+        for these in (slice(p, p + step) for p in range(0, len(index), step)):
+            near = index[these]
+            kernel[these] = self.weights((channel.index_select(0, near.flatten()).view(near.shape), channel[these, None]) for channel in I)
+        return kernel.view(B, H, W, -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def forward(self, image, cams, kernel=None):
@@ -91,7 +88,7 @@ class _Refinement(nn.Module):
         return refine(kernel, cams.float(), self.offsets, self.num_iter)
 
 # %% ../nbs/06_par.ipynb #25-06-par
-def _spread(x):  # (3,n,P) → (3,1,P)
+def _spread(x):  # (P,n) → (P,1)
     "Unbiased standard deviation over the neighbours, in two passes."
     return (x - x.mean(1, keepdim=True)).square_().sum(1, keepdim=True).div_(x.shape[1] - 1).sqrt_()
 
@@ -111,15 +108,16 @@ class PAR(_Refinement):
         P = torch.tensor(self.offsets, dtype=torch.float32).norm(dim=1)
         self.register_buffer("k_pos", (-(P / (w2 * P.std())) ** 2).softmax(0)[:, None], persistent=False)  # (48,1)
 
-    def weights(self, neighbours: torch.Tensor,  # I_kl (3,48,P); overwritten
-                centre: torch.Tensor,  # I_ij (3,1,P)
-               ) -> torch.Tensor:  # κ (48,P)
+    def weights(self, channels,  # I_kl (P,48), overwritten, and I_ij (P,1) of each colour channel
+               ) -> torch.Tensor:  # κ (P,48)
         "Eq. 8–9 for P pixels."
-        k_pos = self.k_pos.to(centre.device, non_blocking=True)
-        if not self.rgb: return k_pos
-        scale = 1 / (self.w1 * (_spread(neighbours) + 1e-8))
-        k_rgb = neighbours.sub_(centre).mul_(scale).square_().mean(0).neg_().softmax(0)
-        return k_rgb.add_(self.w3 * k_pos) if self.position else k_rgb
+        if not self.rgb: return self.k_pos.T
+        squares = 0
+        for I_kl, I_ij in channels:
+            scale = 1 / (self.w1 * (_spread(I_kl) + 1e-8))
+            squares = I_kl.sub_(I_ij).mul_(scale).square_().add_(squares)
+        k_rgb = squares.div_(-3).softmax(1)
+        return k_rgb.add_(self.w3 * self.k_pos.T.to(k_rgb.device, non_blocking=True)) if self.position else k_rgb
 
     def fused(self):
         "Arguments of `kernels.neighbour_weights`; None where there is nothing to compute."
@@ -135,12 +133,14 @@ class PAMR(_Refinement):
         if w1 <= 0: raise ValueError(f"w1 must be positive, got {w1}")
         self.w1 = w1
 
-    def weights(self, neighbours: torch.Tensor,  # (3,48,P); overwritten
-                centre: torch.Tensor,  # (3,1,P)
-               ) -> torch.Tensor:  # (48,P)
+    def weights(self, channels,  # I_kl (P,48), overwritten, and I_ij (P,1) of each colour channel
+               ) -> torch.Tensor:  # (P,48)
         "The equation above for P pixels."
-        sigma = _spread(torch.cat([neighbours, centre.expand(-1, len(self.dilations), -1)], 1))
-        return neighbours.sub_(centre).abs_().div_(1e-8 + self.w1 * sigma).mean(0).neg_().softmax(0)
+        ratios = 0
+        for I_kl, I_ij in channels:
+            sigma = _spread(torch.cat([I_kl, I_ij.expand(-1, len(self.dilations))], 1))
+            ratios = I_kl.sub_(I_ij).abs_().div_(1e-8 + self.w1 * sigma).add_(ratios)
+        return ratios.div_(-3).softmax(1)
 
     def fused(self):
         "Arguments of `kernels.neighbour_weights`."

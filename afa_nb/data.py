@@ -209,7 +209,7 @@ class Record(NamedTuple):
     image: str # path of the picture
     mask: str|None = None # path of the class indices
 
-# %% ../nbs/00_data.ipynb #40-00-data
+# %% ../nbs/00_data.ipynb #40a-00-data
 def _reduced(sample, max_side):
     H, W = sample["image"].shape[1:]
     if max(H, W) <= max_side: return sample
@@ -218,6 +218,7 @@ def _reduced(sample, max_side):
     if "mask" in sample: small["mask"] = resize(sample["mask"][None], size, InterpolationMode.NEAREST_EXACT)[0]
     return sample | small
 
+# %% ../nbs/00_data.ipynb #40-00-data
 class TaggedImages(torch.utils.data.Dataset):
     """Images with image-level labels and, where the records name them, masks. Item i is a dict of
     `image` uint8 (3,H,W) RGB, `class_labels` float32 (K,) in {0,1}, `name`, and with a mask `mask` uint8 (H,W) in {0,…,K,255}.

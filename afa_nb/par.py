@@ -66,7 +66,7 @@ class _Refinement(nn.Module):
     def kernel(self, image: torch.Tensor,  # (B,3,H,W)
               ) -> torch.Tensor:  # κ (B,48,H,W); on the CPU channels last
         "How much each neighbour of each pixel counts."
-        if image.ndim != 4: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
+        if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
         if (settings := self.fused()) and (gpu := gpu_kernels(image.device)): return gpu.neighbour_weights(image.float(), self.offsets, **settings)
         B, _, H, W = image.shape
         I, index = image.float().transpose(0, 1).flatten(1), neighbour_index(B, H, W, tuple(self.offsets), image.device)

@@ -195,6 +195,11 @@ def _write_results(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
+def _add_results(path, rows):
+    "Two processes that measure different seeds lose none of each other's rows."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"): _write_results(path, read_results(path) + rows)
+
 # %% ../nbs/18_ablations.ipynb #23-18-ablations
 def cells(a: Ablation) -> list[tuple]:  # (Row, settings of its network, cell of the CSV without `value`)
     "Every number of the table, seed after seed; without the rows that lack a network."
@@ -275,16 +280,19 @@ def cost(a: Ablation) -> str:
     return (f"{there} {train}; then {len(todo)} measurement{'s' * (len(todo) > 1)}, about {_minutes(_measuring_seconds(a, todo))}. Device: {device}.")
 
 def _measuring_seconds(a, todo):
-    "Two images of each kind of measurement, with a network that has learned nothing, times what is to be measured."
-    seconds, total = {}, 0
-    for j in todo:
-        what, dataset = tuple(sorted({c["measure"] for c in j.cells})), _dataset(j.config, j.split)
-        if (kind := (what, json.dumps(j.label), j.split)) not in seconds:
+    "Two images of each kind of measurement, with a network that has learned nothing, times what is to be measured; `label_seconds` takes as many images as it always does."
+    spent, total = {}, 0
+    def seconds(j, dataset, what):
+        if what and (kind := (what, json.dumps(j.label), j.split)) not in spent:
             net = build(replace(j.config, weights="none"), dataset.classes, verbose=False).to("cuda" if torch.cuda.is_available() else "cpu")
             start = time.perf_counter()
             measure(net, j.config, dataset, what, j.label, limit=2)
-            seconds[kind] = (time.perf_counter() - start) / 2
-        total += seconds[kind] * len(_spread(len(dataset), a.limits.get(j.split)))
+            spent[kind] = time.perf_counter() - start
+        return spent[kind] if what else 0
+    for j in todo:
+        dataset, what = _dataset(j.config, j.split), sorted({c["measure"] for c in j.cells})
+        timed = tuple(m for m in what if m.startswith("seconds:"))
+        total += seconds(j, dataset, timed) + seconds(j, dataset, tuple(m for m in what if m not in timed)) / 2 * len(_spread(len(dataset), a.limits.get(j.split)))
     return total
 
 # %% ../nbs/18_ablations.ipynb #30-18-ablations
@@ -327,7 +335,7 @@ def run(a: Ablation, say=print) -> list[dict]:  # the rows of the CSV
             if sum(j.config.run_dir == job.config.run_dir for j in todo) > 1: net = _remembering(net)
         values = measure(net, job.config, _dataset(job.config, job.split), [c["measure"] for c in job.cells], job.label, a.limits.get(job.split))
         device = device_name(next(net.parameters()).device)
-        _write_results(a.csv, read_results(a.csv) + [c | dict(value=values[c["measure"]], device=device) for c in job.cells])
+        _add_results(a.csv, [c | dict(value=values[c["measure"]], device=device) for c in job.cells])
         say(f"[{i}/{len(todo)}] seed {job.cells[0]['seed']}, {job.split}: " + ", ".join(f"{c['row']}, {c['column']} {shown(c['measure'], values[c['measure']]):.1f}" for c in job.cells)
             + f" ({_minutes(time.perf_counter() - start)})")
     return read_results(a.csv)

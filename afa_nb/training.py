@@ -590,13 +590,11 @@ def _shared_statistics(net, accelerator):
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if several else net
 
 def _start(config, classes, accelerator, verbose):
-    "The run's folder, and network and optimiser as they begin."
-    with accelerator.main_process_first():  # one process fetches the weights; if they cannot be had, there is no folder either
+    "Network and optimiser as they begin."
+    with accelerator.main_process_first():  # one process fetches the weights
         net = _shared_statistics(_arranged(build(config, classes, verbose), config), accelerator)
-        run_dir = open_run(config, classes)
     optimizer = torch.optim.AdamW(parameter_groups(net, config), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    net, optimizer = accelerator.prepare(net, optimizer)
-    return run_dir, net, optimizer
+    return accelerator.prepare(net, optimizer)
 
 def _continue(run_dir, config, net, optimizer, accelerator, say):
     "Everything as the newest checkpoint left it; gives the step to go on with."
@@ -627,6 +625,7 @@ def _interrupts_wait():
 def _alone(run_dir, main):
     "No other process trains this run inside. Raises `RuntimeError` if one does."
     if not main: yield; return
+    run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".training.lock", timeout=0)
     try: lock.acquire()
     except Timeout: raise RuntimeError(f"{run_dir}: another process is training this run. Wait for it, or choose another run_dir") from None
@@ -653,8 +652,9 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
     if config.supervision == "mask": accelerator.print(SUPERVISION["mask"])
     trainset, valset = open_data(config)
     for problem in data.problems(trainset): say(problem)
-    run_dir, net, optimizer = _start(config, trainset.classes, accelerator, verbose and main)
-    with _alone(run_dir, main):
+    net, optimizer = _start(config, trainset.classes, accelerator, verbose and main)  # if the weights cannot be had, there is no folder either
+    with _alone(Path(config.run_dir), main):
+        with accelerator.main_process_first(): run_dir = open_run(config, trainset.classes)
         start = _continue(run_dir, config, net, optimizer, accelerator, say)
         if main: _compare_data(run_dir, trainset, say)
         _learn(config, run_dir, net, optimizer, start, trainset, valset, accelerator, say, live, verbose, ladder, until)

@@ -273,10 +273,15 @@ def test_a_sigterm_saves_the_step_and_ends_the_process(root, whole, tmp_path):
     assert max(steps) >= before and max(steps) == read_metrics(run)[-1]["step"]
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(root, whole):
+def test_a_run_is_trained_by_one_process_at_a_time(root, whole, tmp_path):
     config = training.load_run(whole)[1]
     with FileLock(whole / ".training.lock"), pytest.raises(RuntimeError, match="another process is training this run"): train(config, verbose=False)
     assert train(config, verbose=False) == whole
+    begun = replace(config, run_dir=str(tmp_path / "run"))
+    training.open_run(begun, ["background", "circle"])  # a rival has begun, and has no checkpoint yet
+    before = (tmp_path / "run/config.json").read_text()
+    with FileLock(tmp_path / "run/.training.lock"), pytest.raises(RuntimeError, match="another process"): train(replace(begun, lr=1e-4), verbose=False)
+    assert (tmp_path / "run/config.json").read_text() == before
 
 
 def test_other_images_are_said_and_other_masks_measured(tmp_path, capsys):

@@ -660,7 +660,7 @@ def train(config: Config, live: bool = False,  # draw the curves in the notebook
         _learn(config, run_dir, net, optimizer, start, trainset, valset, accelerator, say, live, verbose, ladder, until)
     return run_dir
 
-# %% ../nbs/13_training.ipynb #40b-13-training
+# %% ../nbs/13_training.ipynb #40d-13-training
 def _learn(config, run_dir, net, optimizer, start, trainset, valset, accelerator, say, live, verbose, ladder, until):
     "The iterations from `start` on, and what is measured meanwhile and at the end."
     main = accelerator.is_main_process

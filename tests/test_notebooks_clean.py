@@ -39,7 +39,9 @@ def test_export_and_clean_change_nothing(tmp_path):
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
 def test_kept_outputs(file):
     assert file.stat().st_size < 1.5e6, "keep fewer or smaller pictures"
-    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells), "two cells have the same id"
+    for cell in cells:
         source = "".join(cell["source"])
         assert not MACHINE_PATH.search(source), source
         for output in cell.get("outputs", []):

@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['AffinityHead', 'window_mask', 'affinity_labels', 'affinity_loss']
 
-# %% ../nbs/07_affinity.ipynb #02-07-affinity
-from functools import lru_cache
-
+# %% ../nbs/07_affinity.ipynb #03-07-affinity
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 # %% ../nbs/07_affinity.ipynb #05-07-affinity
 class AffinityHead(nn.Module):
-    "Eq. 3: `channels` attention maps, mixed and made symmetric, through a sigmoid. 17 parameters for the usual 16 maps."
+    "Eq. 3: `channels` attention maps, mixed and made symmetric, through a sigmoid. 17 parameters for 16 maps."
     def __init__(self, channels: int = 16):  # attention maps: heads × blocks
         super().__init__()
         self.proj = nn.Conv2d(channels, 1, 1)  # a convolution, so that released checkpoints load
 
-    def forward(self, attention: torch.Tensor,  # S (B,channels,N,N), logits; or R (B,N,N), their sum weighted with `self.mix`
+    def forward(self,
+                attention: torch.Tensor,  # S (B,channels,N,N), logits; or R (B,N,N), their sum weighted with `self.mix`
                ) -> torch.Tensor:  # A (B,N,N) in (0,1), symmetric
         "Mixes, then transposes. Raises `ValueError` for another number of maps, or maps that are not square."
-        B, *maps, N, M = attention.shape
-        if N != M or maps not in ([], [self.proj.in_channels]): raise ValueError(f"attention must be (B,{self.proj.in_channels},N,N), got {tuple(attention.shape)}")
+        B, *maps, N, columns = attention.shape
+        if N != columns or maps not in ([], [self.proj.in_channels]):
+            raise ValueError(f"attention must be (B,{self.proj.in_channels},N,N), got {tuple(attention.shape)}")
         R = torch.bmm(self.mix.expand(B, 1, -1), attention.flatten(2)).view(B, N, N) if maps else attention
         return (R + R.mT + self.proj.bias).sigmoid()
 
@@ -33,15 +33,14 @@ class AffinityHead(nn.Module):
         return self.proj.weight.flatten()
 
 # %% ../nbs/07_affinity.ipynb #13-07-affinity
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def window_mask(h: int, w: int,  # the token grid
+def window_mask(h: int,
+                w: int,  # the token grid
                 radius: int,  # of the window, in tokens
                 device="cpu") -> torch.Tensor:  # (N,N) bool, N = h·w
-    """True where two tokens, numbered row by row, lie within a (2·radius+1)² window of each other. Raises `ValueError` for a negative radius or an empty grid.
-
-    The last few masks are kept, and calls with the same arguments share one tensor: do not write into it."""
-    if radius < 0 or h < 1 or w < 1: raise ValueError(f"need a grid of at least 1×1 tokens and a radius of at least 0, got {h}×{w} and {radius}")
+    """True where two tokens, numbered row by row, lie within a (2·radius+1)² window of each other. Raises `ValueError`
+    for a negative radius or an empty grid."""
+    if radius < 0 or h < 1 or w < 1:
+        raise ValueError(f"need a grid of at least 1×1 tokens and a radius of at least 0, got {h}×{w} and {radius}")
     near = lambda n: (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius
     return (near(h)[:, None, :, None] & near(w)[None, :, None, :]).reshape(h * w, h * w)
 
@@ -49,10 +48,12 @@ def window_mask(h: int, w: int,  # the token grid
 def affinity_labels(label: torch.Tensor,  # Y_p (B,H,W), a pseudo label
                     stride: int = 16,  # pixels per token
                     radius: int = 8,  # of the window, in tokens
-                    ignore_index: int = 255) -> torch.Tensor:  # Y_aff (B,N,N) long in {0,1,ignore_index}, N = ⌈H/stride⌉·⌈W/stride⌉
-    """§3.3: 1 where two tokens share a class, 0 where not; ignored outside the window and where either token is ignored. Raises `ValueError` for a label
-    of another shape, a stride below 1 or a negative radius."""
-    if label.ndim != 3 or stride < 1: raise ValueError(f"need a label (B,H,W) and a stride of at least 1, got {tuple(label.shape)} and {stride}")
+                    ignore_index: int = 255,
+                   ) -> torch.Tensor:  # Y_aff (B,N,N) long in {0,1,ignore_index}, N = ⌈H/stride⌉·⌈W/stride⌉
+    """§3.3: 1 where two tokens share a class, 0 where not; ignored outside the window and where either token is
+    ignored. Raises `ValueError` for a label of another shape, a stride below 1 or a negative radius."""
+    if label.ndim != 3 or stride < 1:
+        raise ValueError(f"need a label (B,H,W) and a stride of at least 1, got {tuple(label.shape)} and {stride}")
     h, w = (-(-side // stride) for side in label.shape[1:])
     tokens = F.interpolate(label[:, None].float(), (h, w), mode="nearest").flatten(1).long()
     valid = tokens != ignore_index
@@ -63,8 +64,11 @@ def affinity_labels(label: torch.Tensor,  # Y_p (B,H,W), a pseudo label
 def affinity_loss(affinity: torch.Tensor,  # A (B,N,N) in (0,1), after the sigmoid
                   labels: torch.Tensor,  # Y_aff (B,N,N) in {0,1,255}; anything but 0 and 1 is left out
                  ) -> torch.Tensor:  # scalar float32 in [0,1]
-    "Eq. 5 with its terms the right way round: ½·mean over equal pairs of 1 − A, plus ½·mean over different pairs of A, each count + 1. Raises `ValueError` where the shapes differ."
-    if affinity.shape != labels.shape: raise ValueError(f"affinity is {tuple(affinity.shape)} and labels are {tuple(labels.shape)}: they need the same token grid")
+    """Eq. 5 with its terms the right way round: ½·mean over equal pairs of 1 − A, plus ½·mean over different pairs of
+    A, each count + 1. Raises `ValueError` where the shapes differ."""
+    if affinity.shape != labels.shape:
+        raise ValueError(f"affinity is {tuple(affinity.shape)} and labels are {tuple(labels.shape)}: "
+                         "they need the same token grid")
     affinity, same, different = affinity.float(), labels == 1, labels == 0
     attract = torch.where(same, 1 - affinity, 0).sum() / (same.sum() + 1)
     repel = torch.where(different, affinity, 0).sum() / (different.sum() + 1)

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from .transforms import resize_bilinear
 
 # %% ../nbs/05_cam.ipynb #05-05-cam
-def topk_pool(features: torch.Tensor,  # (B,C,H,W)
+def topk_pool(features: torch.Tensor,  # (B,F,h,w)
               k="max",  # share in (0,1] of positions to average: 1.0 is average pooling; "max" is maximum pooling
-             ) -> torch.Tensor:  # (B,C)
+             ) -> torch.Tensor:  # (B,F)
     "§4.2: the mean of the largest values of each map, at least one. Raises `ValueError` for any other `k`."
     if k == "max": return features.amax((2, 3))
-    if not isinstance(k, (int, float)) or not 0 < k <= 1: raise ValueError(f'k must be "max" or a share in (0,1], not {k!r}')
+    if not isinstance(k, (int, float)) or not 0 < k <= 1:
+        raise ValueError(f'k must be "max" or a share in (0,1], not {k!r}')
     if k == 1: return features.mean((2, 3))
     x = features.flatten(2)
     return x.topk(max(1, round(k * x.shape[-1])), dim=-1).values.mean(-1)
@@ -41,58 +42,81 @@ def normalize_cam(cam: torch.Tensor,  # (B,K,h,w) raw
 
 # %% ../nbs/05_cam.ipynb #25-05-cam
 @torch.no_grad()
-def multi_scale_cam(model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w), affinity (B,N,N) or None`
-                    image: torch.Tensor,  # (B,3,H,W) normalised
-                    scales=(1, .5, 1.5),  # of the image's sides
-                    first: torch.Tensor | None = None,  # raw cam (B,K,h,w) of the image itself, if it is known already: saves one pass
-                    classes: torch.Tensor | None = None,  # (B,M) from 0, for each image the classes wanted; None: all K
-                   ) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W), or (B,M,H,W), in [0,1]; affinity (B,N',N') of the largest scale
-    "The CAM of §3.2, as the released code makes it: at each scale the maximum over an image and its mirror image, summed over scales, normalised. The decoder never runs."
+def multi_scale_cam(
+    model,  # has `cam(image, affinity=True) -> raw cam (B,K,h,w), affinity (B,N,N) or None`
+    image: torch.Tensor,  # (B,3,H,W) normalised
+    scales=(1, .5, 1.5),  # of the image's sides
+    first: torch.Tensor | None = None,  # raw cam (B,K,h,w) of the image itself, if it is known already: saves one pass
+    classes: torch.Tensor | None = None,  # (B,n) from 0, for each image the classes wanted; None: all K
+) -> tuple[torch.Tensor, torch.Tensor]:  # cam (B,K,H,W) or (B,n,H,W) in [0,1]; affinity (B,N',N') of the largest scale
+    """The CAM of §3.2, as the released code makes it: at each scale the maximum over an image and its mirror image,
+    summed over scales, normalised. The decoder never runs."""
     scales = tuple(scales)
     if min(scales, default=0) <= 0: raise ValueError(f"scales must be positive numbers, got {scales}")
     size, total, affinity = image.shape[-2:], 0, None
-    def full(cam): return resize_bilinear((cam if classes is None else cam.gather(1, classes[:, :, None, None].expand(-1, -1, *cam.shape[2:]))).float(), size)
+
+    def full_size(raw):  # of the classes wanted
+        if classes is not None: raw = raw.gather(1, classes[:, :, None, None].expand(-1, -1, *raw.shape[2:]))
+        return resize_bilinear(raw.float(), size)
+
     for s in scales:
         x = resize_bilinear(image, [int(s * side) for side in size])
-        if s == max(scales): cam, affinity = model.cam(x)
-        elif s == 1 and first is not None: cam = first.detach()
-        else: cam = None
-        if cam is not None: mirrored = model.cam(x.flip(-1), affinity=False)[0]
-        else: cam, mirrored = model.cam(torch.cat([x, x.flip(-1)]), affinity=False)[0].chunk(2)
-        total = total + torch.maximum(full(cam), full(mirrored).flip(-1)).relu()
+        mirror = x.flip(-1)
+        if s == max(scales):
+            raw, affinity = model.cam(x)
+            mirrored, _ = model.cam(mirror, affinity=False)
+        elif s == 1 and first is not None:
+            raw = first.detach()
+            mirrored, _ = model.cam(mirror, affinity=False)
+        else:
+            raw, mirrored = model.cam(torch.cat([x, mirror]), affinity=False)[0].chunk(2)
+        total = total + torch.maximum(full_size(raw), full_size(mirrored).flip(-1)).relu()
     return normalize_cam(total), affinity
 
 # %% ../nbs/05_cam.ipynb #33-05-cam
-def box_mask(box: torch.Tensor,  # (B,4) rows (y0,y1,x0,x1), half-open
-             height: int, width: int,
-             device=None,  # of the mask; None: where `box` is
-            ) -> torch.Tensor:  # (B,height,width) bool
+def box_mask(
+    box: torch.Tensor,  # (B,4) rows (y0,y1,x0,x1), half-open
+    height: int,
+    width: int,
+    device=None,  # of the mask; None: where `box` is
+) -> torch.Tensor:  # (B,height,width) bool
     "True where a padded crop shows the picture. Raises `ValueError` for a box of another shape."
-    if box.ndim != 2 or box.shape[1] != 4: raise ValueError(f"box must be (B,4) with rows (y0,y1,x0,x1), got {tuple(box.shape)}")
+    if box.ndim != 2 or box.shape[1] != 4:
+        raise ValueError(f"box must be (B,4) with rows (y0,y1,x0,x1), got {tuple(box.shape)}")
     box = box.to(device or box.device, non_blocking=True)
-    y, x = torch.arange(height, device=box.device)[None, :, None], torch.arange(width, device=box.device)[None, None]
+    y = torch.arange(height, device=box.device)[None, :, None]
+    x = torch.arange(width, device=box.device)[None, None]
     y0, y1, x0, x1 = (v[:, None, None] for v in box.unbind(1))
     return (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
 
 # %% ../nbs/05_cam.ipynb #36-05-cam
-def cam_to_label(cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
-                 class_labels: torch.Tensor,  # (B,K) in {0,1}
-                 background: float = .45,  # background score β, used if `low` and `high` are not given
-                 low: float | None = None, high: float | None = None,  # β_l and β_h: between them a pixel is ignored
-                 box: torch.Tensor | None = None,  # (B,4); outside is ignored
-                 ignore_index: int = 255) -> torch.Tensor:  # Y_p (B,H,W) long
-    "Eq. 4: the strongest present class where it beats the background score(s). Raises `ValueError` where shapes or scores do not fit."
-    if cam.ndim != 4 or cam.shape[:2] != class_labels.shape: raise ValueError(f"cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)} must be (B,K,H,W) and (B,K)")
+def cam_to_label(
+    cam: torch.Tensor,  # M (B,K,H,W) in [0,1]
+    class_labels: torch.Tensor,  # (B,K) in {0,1}
+    background: float = .45,  # background score β, used if `low` and `high` are not given
+    low: float | None = None,  # β_l and
+    high: float | None = None,  # β_h: between them a pixel is ignored
+    box: torch.Tensor | None = None,  # (B,4); outside is ignored
+    ignore_index: int = 255,
+) -> torch.Tensor:  # Y_p (B,H,W) long
+    """Eq. 4: the strongest present class where it beats the background score(s). Raises `ValueError` where shapes or
+    scores do not fit."""
+    if cam.ndim != 4 or cam.shape[:2] != class_labels.shape:
+        shapes = f"cam {tuple(cam.shape)} and class_labels {tuple(class_labels.shape)}"
+        raise ValueError(f"{shapes} must be (B,K,H,W) and (B,K)")
     if (low is None) != (high is None): raise ValueError("give low and high together, or neither")
-    if box is not None and box.shape != (len(cam), 4): raise ValueError(f"box must be ({len(cam)},4), rows (y0,y1,x0,x1), got {tuple(box.shape)}")
+    if box is not None and box.shape != (len(cam), 4):
+        raise ValueError(f"box must be ({len(cam)},4), rows (y0,y1,x0,x1), got {tuple(box.shape)}")
     if low is None and not 0 <= background <= 1: raise ValueError(f"background must lie in [0,1], not {background}")
+    if low is not None and not 0 <= low <= high <= 1:
+        raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
+
     value, label = (cam * class_labels[:, :, None, None].to(cam.dtype)).max(1)
     label = label + 1
     if low is None: label = label.masked_fill(value <= background, 0)
-    else:
-        if not 0 <= low <= high <= 1: raise ValueError(f"need 0 <= low <= high <= 1, got low={low}, high={high}")
-        label = label.masked_fill(value <= high, ignore_index).masked_fill(value <= low, 0)
-    return label if box is None else label.masked_fill(~box_mask(box, *label.shape[1:], label.device), ignore_index)
+    else: label = label.masked_fill(value <= high, ignore_index).masked_fill(value <= low, 0)
+    if box is None: return label
+    return label.masked_fill(~box_mask(box, *label.shape[1:], label.device), ignore_index)
 
 # %% ../nbs/05_cam.ipynb #43-05-cam
 def background_softmax(cam: torch.Tensor,  # (B,K,h,w) in [0,1]

@@ -9,11 +9,13 @@ __all__ = ['VARIANTS', 'variant_of', 'attention_with_logits', 'MixTransformer']
 from functools import partial
 
 import torch
-from torch import nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm
-from timm.models.pvt_v2 import Block, MlpWithDepthwiseConv, PyramidVisionTransformerStage, PyramidVisionTransformerV2
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .cpu import faster_on_cpu
 
 # %% ../nbs/04_encoder.ipynb #05-04-encoder
 VARIANTS = {
@@ -33,152 +35,105 @@ VARIANTS = {
 }
 
 # %% ../nbs/04_encoder.ipynb #06-04-encoder
-def variant_of(variant  # name of a row of `VARIANTS`, or a dict with `widths`, `depths`, `heads` and optionally `mlp_ratios`
-              ) -> dict:
-    "The settings of `variant`. Raises `ValueError` for an unknown name or a dict whose settings are missing or do not fit together."
+def variant_of(variant,  # a row of `VARIANTS`, or a dict with `widths`, `depths`, `heads` and optionally `mlp_ratios`
+               ) -> dict:
+    "The settings of `variant`. Raises `ValueError` for an unknown name, or settings that are missing or do not fit."
     if isinstance(variant, str):
-        if variant not in VARIANTS: raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}, or give dict(widths=…, depths=…, heads=…)")
-        return dict(VARIANTS[variant])
-    missing = {"widths", "depths", "heads"} - set(variant)
-    if missing: raise ValueError(f"variant lacks {', '.join(sorted(missing))}; it needs widths, depths and heads, four numbers each")
-    unknown = set(variant) - {"widths", "depths", "heads", "mlp_ratios"}
-    if unknown: raise ValueError(f"variant has {', '.join(sorted(unknown))}, but its settings are widths, depths, heads and mlp_ratios")
-    if any(not isinstance(v, (tuple, list)) or len(v) != 4 or min(v) < 1 for v in variant.values()): raise ValueError("widths, depths, heads and mlp_ratios need four numbers each, one per stage, of at least 1")
-    for w, h in zip(variant["widths"], variant["heads"]):
-        if w % h: raise ValueError(f"a stage of width {w} cannot be shared among {h} heads: {w} is no multiple of {h}")
+        if variant in VARIANTS: return dict(VARIANTS[variant])
+        raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}, "
+                         "or give dict(widths=…, depths=…, heads=…)")
+    needed = {"widths", "depths", "heads"}
+    if missing := needed - set(variant):
+        raise ValueError(f"variant lacks {', '.join(sorted(missing))}; "
+                         "it needs widths, depths and heads, four numbers each")
+    if unknown := set(variant) - needed - {"mlp_ratios"}:
+        raise ValueError(f"variant has {', '.join(sorted(unknown))}, "
+                         "but its settings are widths, depths, heads and mlp_ratios")
+    if any(not isinstance(v, (tuple, list)) or len(v) != 4 or min(v) < 1 for v in variant.values()):
+        raise ValueError("widths, depths, heads and mlp_ratios need four numbers each, one per stage, of at least 1")
+    for width, heads in zip(variant["widths"], variant["heads"]):
+        if width % heads:
+            raise ValueError(f"a stage of width {width} cannot be shared among {heads} heads: "
+                             f"{width} is no multiple of {heads}")
     return dict(variant)
 
 # %% ../nbs/04_encoder.ipynb #09-04-encoder
-def attention_with_logits(attn: nn.Module,  # an attention module of timm's PVT v2 without spatial reduction
-                          x: torch.Tensor,  # tokens (B,N,C)
-                          mix: torch.Tensor | None = None,  # (heads,), weights
-                         ) -> tuple[torch.Tensor, torch.Tensor]:  # tokens (B,N,C); logits $QK^\top$ (B,heads,N,N), with `mix` their weighted sum (B,N,N)
-    "Eq. 1: the output of `attn`, and its logits neither scaled nor normalised."
+def attention_with_logits(
+    attn: nn.Module,  # an attention module of timm's PVT v2 without spatial reduction
+    x: torch.Tensor,  # tokens (B,N,C)
+    mix: torch.Tensor | None = None,  # (heads,), weights of the maps
+) -> tuple[torch.Tensor, torch.Tensor]:  # tokens (B,N,C); logits $QK^\top$ (B,heads,N,N), with `mix` their sum (B,N,N)
+    "Eq. 1: the output of `attn`, and its logits, neither scaled nor normalised."
     heads = lambda t: t.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
     q, (k, v) = attn.q(x), attn.kv(x).chunk(2, -1)
     S = heads(q) @ heads(k).mT if mix is None else (q * mix.repeat_interleave(attn.head_dim)) @ k.mT
     x = F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
     return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2))), S
 
-# %% ../nbs/04_encoder.ipynb #12a-04-encoder
-_ONEDNN = torch.backends.mkldnn.is_available()
-
-def _eager_cpu(x): return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-def _product(x, weight, bias=None):  # (…,in), (out,in), (out,) → (…,out)
-    "`F.linear`, on a CPU and for many rows computed as a convolution of 1×1."
-    if not (_ONEDNN and _eager_cpu(x)) or x.numel() < 512 * x.shape[-1]: return F.linear(x, weight, bias)
-    y = F.conv2d(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias, dilation=2)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-class _Linear(nn.Linear):
-    "`nn.Linear` by `_product`."
-    def forward(self, x): return _product(x, self.weight, self.bias)
-
-# %% ../nbs/04_encoder.ipynb #12e-04-encoder
-class _Mlp(MlpWithDepthwiseConv):
-    "timm's; on a CPU and without gradient, the hidden values of many tokens are made a part of the channels after the other, about 4 MB at a time."
-    def forward(self, x, size):  # tokens (B,N,C) of a grid `size`
-        if torch.is_grad_enabled() or not _eager_cpu(x): return super().forward(x, size)
-        W, b, depthwise, y = self.fc1.weight, self.fc1.bias, self.dwconv, self.fc2.bias
-        tokens = x.shape[:-1].numel()
-        step = len(W) if tokens < 8192 else max(32, 2 ** 20 // tokens // 32 * 32)
-        for c in (slice(k, k + step) for k in range(0, len(W), step)):
-            hidden = _product(x, W[c], b[c]).unflatten(1, size).permute(0, 3, 1, 2)
-            hidden = torch.ops.aten.gelu_(F.conv2d(hidden, depthwise.weight[c], depthwise.bias[c], padding=1, groups=hidden.shape[1]))
-            y = _product(hidden.permute(0, 2, 3, 1).flatten(1, 2), self.fc2.weight[:, c]).add_(y)
-        return y
-
-# %% ../nbs/04_encoder.ipynb #12h-04-encoder
-def _add(x, drop, branch):  # tokens (B,N,C), timm's `DropPath` or nothing, a function of tokens
-    "x + drop(branch(x)), with the branch computed only for the images that keep it."
-    rate = getattr(drop, "drop_prob", 0) if drop.training else 0
-    if not rate or not _eager_cpu(x): return x + drop(branch(x))
-    kept = x.new_empty(len(x)).bernoulli_(1 - rate).nonzero()[:, 0]
-    if len(kept) == len(x): return x.add(branch(x), alpha=1 / (1 - rate))
-    if not len(kept): return x + 0 * branch(x) if torch.is_grad_enabled() else x  # weights that nobody used learn from a gradient of zero, as with timm
-    return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=1 / (1 - rate))
-
-class _Block(Block):
-    "timm's, by `_add`."
-    def forward(self, x, size):
-        x = _add(x, self.drop_path1, lambda kept: self.attn(self.norm1(kept), size))
-        return _add(x, self.drop_path2, lambda kept: self.mlp(self.norm2(kept), size))
-
-    def with_logits(self, x, size, mix):
-        "Also its attention logits, which are wanted of every image."
-        update, S = attention_with_logits(self.attn, self.norm1(x), mix)
-        return _add(x + self.drop_path1(update), self.drop_path2, lambda kept: self.mlp(self.norm2(kept), size)), S
-
-# %% ../nbs/04_encoder.ipynb #12k-04-encoder
-class _Conv(nn.Conv2d):
-    "`nn.Conv2d`, on a CPU with the maps of a single picture marked as channels last where they are."
-    def forward(self, x):
-        if _eager_cpu(x) and len(x) == 1 and x.stride(1) == 1: x = x.squeeze(0).permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2)
-        return super().forward(x)
-
-class _Stage(PyramidVisionTransformerStage):
-    "timm's, whose maps on a CPU stay channels last."
-    def forward(self, x):  # maps (B,C,H,W) of the stage before; for the first stage (B,H,W,C)
-        x, size = self.tokens(x)
-        for block in self.blocks: x = checkpoint(block, x, size, use_reentrant=False) if self.grad_checkpointing else block(x, size)
-        return self.maps(x, size)
-
-    def tokens(self, x):
-        if self.downsample is not None: x = self.downsample(x)
-        return x.flatten(1, 2), x.shape[1:3]
-
-    def maps(self, x, size):
-        x = self.norm(x).unflatten(1, size).permute(0, 3, 1, 2)
-        return x if _eager_cpu(x) else x.contiguous()
-
-_FASTER = {nn.Linear: _Linear, nn.Conv2d: _Conv, MlpWithDepthwiseConv: _Mlp, Block: _Block, PyramidVisionTransformerStage: _Stage}
-
 # %% ../nbs/04_encoder.ipynb #14-04-encoder
 class MixTransformer(PyramidVisionTransformerV2):
-    "§3.1: MiT. `encoder(image)` gives four feature maps and the last stage's attention logits. Raises `ValueError` for a variant or stride that does not exist."
+    "§3.1: MiT. `encoder(image)` gives four feature maps and the last stage's attention logits."
     def __init__(self,
                  variant="mit_b1",  # a row of `VARIANTS`, or dict(widths=…, depths=…, heads=…)
                  stride: int = 16,  # of the last stage: 32 is SegFormer's, 16 the paper's, 8 for small images
                  drop_path_rate: float = 0.1,  # stochastic depth while training
                  ):
+        "Raises `ValueError` for a variant, stride or rate that does not exist."
         v = variant_of(variant)
         if stride not in (8, 16, 32): raise ValueError(f"stride must be 8, 16 or 32, not {stride}")
         if not 0 <= drop_path_rate < 1: raise ValueError(f"drop_path_rate must lie in [0,1), not {drop_path_rate}")
-        super().__init__(num_classes=0, depths=v["depths"], embed_dims=v["widths"], num_heads=v["heads"], mlp_ratios=v.get("mlp_ratios", 4),
-                         drop_path_rate=drop_path_rate, norm_layer=partial(LayerNorm, eps=1e-6))
+        super().__init__(num_classes=0, embed_dims=v["widths"], depths=v["depths"], num_heads=v["heads"],
+                         mlp_ratios=v.get("mlp_ratios", 4), drop_path_rate=drop_path_rate,
+                         norm_layer=partial(LayerNorm, eps=1e-6))
         self.widths, self.stride = tuple(v["widths"]), stride
         self.attention_channels = min(2, v["depths"][-1]) * v["heads"][-1]
         if stride <= 16: self.stages[3].downsample.proj.stride = (1, 1)
         if stride <= 8: self.stages[2].downsample.proj.stride = (1, 1)
-        for m in self.modules():
-            m.__class__ = _FASTER.get(type(m), type(m))  # timm builds its own
+        faster_on_cpu(self)
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) float, normalised; H and W at least 29
-                attention: bool = True,  # False: leave every block to the fused kernel and return None for the logits
-                mix: torch.Tensor | None = None,  # (16,), weights: give the weighted sum (B,N,N) of the logits, without making them
-               ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Features: 4 tensors (B,C_i,H_i,W_i), for `stride=16` at strides 4, 8, 16, 16 (sides rounded up); attention logits (B,16,N,N) of the last two
-        blocks over the N tokens of the last stage, row by row. Raises `ValueError` for an image of another shape or too small."""
-        if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
-        if min(image.shape[2:]) < 29: raise ValueError(f"image is {image.shape[2]}×{image.shape[3]}, but the first stage's attention needs at least 29 pixels a side")
-        x, features = self.patch_embed(image), []
-        for stage in self.stages[:-1]:
-            x = stage(x)
+                attention: bool = True,  # False: None for the logits
+                mix: torch.Tensor | None = None,  # (16,), weights: give the logits' weighted sum (B,N,N) instead
+                ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Features: 4 tensors (B,C_i,H_i,W_i), for `stride=16` at strides 4, 8, 16, 16 (sides rounded up); attention
+        logits (B,16,N,N) of the last two blocks over the N tokens of the last stage, row by row. Raises `ValueError`
+        for an image of another shape or too small."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"image must be (B,3,H,W), got {tuple(image.shape)}")
+        if min(image.shape[2:]) < 29:
+            raise ValueError(f"image is {image.shape[2]}×{image.shape[3]}, "
+                             "but the first stage's attention needs at least 29 pixels a side")
+        read = list(self.stages[-1].blocks)[-2:] if attention else []  # the blocks whose logits are wanted
+        weights = [None, None] if mix is None else mix.view(-1, self.stages[-1].blocks[-1].attn.num_heads)
+        weight_of = dict(zip(read, weights))
+        x, features, logits = self.patch_embed(image), [], []
+        for stage in self.stages:
+            if stage.downsample is not None: x = stage.downsample(x)
+            x, size = x.flatten(1, 2), x.shape[1:3]  # tokens (B,N_i,C_i) of a grid (H_i,W_i)
+            for block in stage.blocks:
+                if block in weight_of:
+                    x, S = self.block_with_logits(block, x, size, weight_of[block])
+                    logits.append(S)
+                elif stage.grad_checkpointing: x = checkpoint(block, x, size, use_reentrant=False)  # timm's switch
+                else: x = block(x, size)
+            x = self.maps(stage.norm(x), size)
             features.append(x)
-        x, logits = self._last_stage(x, attention, mix)
-        return features + [x], logits
+        if not attention: return features, None
+        return features, torch.cat(logits, 1) if mix is None else sum(logits[1:], logits[0])
 
-    def _last_stage(self, x, attention, mix):
-        stage, logits = self.stages[-1], []
-        weights = [None] * len(stage.blocks) if mix is None else [None] * (len(stage.blocks) - 2) + list(mix.view(-1, stage.blocks[-1].attn.num_heads))
-        x, size = stage.tokens(x)
-        for i, block in enumerate(stage.blocks):
-            if attention and i >= len(stage.blocks) - 2:
-                x, S = block.with_logits(x, size, weights[i])
-                logits.append(S)
-            else: x = block(x, size)
-        x = stage.maps(x, size)
-        if not attention: return x, None
-        return x, torch.cat(logits, 1) if mix is None else sum(logits[1:], logits[0])
+    def block_with_logits(self, block, x, size, mix=None):
+        "timm's `block(x, size)`, and its attention logits, which are wanted of every image."
+        update, S = attention_with_logits(block.attn, block.norm1(x), mix)
+        x = x + block.drop_path1(update)
+        return self.residual(x, block.drop_path2, lambda x: block.mlp(block.norm2(x), size)), S
+
+    @staticmethod
+    def residual(x, drop_path, branch):
+        "The tokens plus what a branch of a block makes of them."
+        return x + drop_path(branch(x))
+
+    @staticmethod
+    def maps(x, size):
+        "Tokens (B,N,C) of a grid `size` as maps (B,C,H,W)."
+        return x.unflatten(1, size).permute(0, 3, 1, 2).contiguous()

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['classification_loss', 'segmentation_loss', 'bilateral_filter', 'DenseEnergyLoss']
 
-# %% ../nbs/10_losses.ipynb #02-10-losses
+# %% ../nbs/10_losses.ipynb #03-10-losses
 import contextlib
 
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 from .cam import box_mask
 from .par import gpu_kernels
@@ -20,16 +20,21 @@ from .transforms import resize_bilinear
 def classification_loss(logits: torch.Tensor,  # z (B,K)
                         class_labels: torch.Tensor,  # y (B,K) in {0,1}
                        ) -> torch.Tensor:  # scalar ≥ 0
-    "Eq. 11 with the minus sign that its print lost: the multi-label soft margin loss, averaged over the batch. Raises `ValueError` if the shapes differ."
-    if logits.shape != class_labels.shape: raise ValueError(f"logits {tuple(logits.shape)} and class_labels {tuple(class_labels.shape)} differ; both are (B,K), without background")
+    """Eq. 11 with the minus sign that its print lost: the multi-label soft margin loss, averaged over the batch. Raises
+    `ValueError` if the shapes differ."""
+    if logits.shape != class_labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and class_labels {tuple(class_labels.shape)} differ; "
+                         "both are (B,K), without background")
     return F.multilabel_soft_margin_loss(logits.float(), class_labels.float())
 
 # %% ../nbs/10_losses.ipynb #11-10-losses
 def segmentation_loss(logits: torch.Tensor,  # z (B,C,h,w); resized to the target if its size differs
-                      target: torch.Tensor,  # Y (B,H,W), integer in {0,…,C−1,255}
+                      target: torch.Tensor,  # Y_p (B,H,W), integer in {0,…,C−1,255}
                       ignore_index: int = 255) -> torch.Tensor:  # scalar ≥ 0
-    "§3.5, decision 8: cross-entropy averaged over foreground and over background, then the mean of the two. A side without pixels counts 0. Raises `ValueError` for other shapes."
-    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target): raise ValueError(f"logits {tuple(logits.shape)} must be (B,C,h,w) and target {tuple(target.shape)} (B,H,W)")
+    """§3.5, decision 8: cross-entropy averaged over foreground and over background, then the mean of the two. A side
+    without pixels counts 0. Raises `ValueError` for other shapes."""
+    if logits.ndim != 4 or target.ndim != 3 or len(logits) != len(target):
+        raise ValueError(f"logits {tuple(logits.shape)} must be (B,C,h,w) and target {tuple(target.shape)} (B,H,W)")
     logits, target = logits.float(), target.long()
     logits = resize_bilinear(logits, target.shape[-2:])
     loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
@@ -37,80 +42,89 @@ def segmentation_loss(logits: torch.Tensor,  # z (B,C,h,w); resized to the targe
     mean = lambda side: torch.where(side, loss, 0).sum() / side.sum().clamp(min=1)
     return (mean(foreground) + mean(background)) / 2
 
-# %% ../nbs/10_losses.ipynb #18-10-losses
+# %% ../nbs/10_losses.ipynb #19-10-losses
 @contextlib.contextmanager
-def _float32_products():
-    "Inside, a GPU rounds no factor to tf32."
+def _float32_products(device):
+    "Inside, no product rounds its factors to 16 bits or tf32."
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try: yield
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally: torch.backends.cuda.matmul.allow_tf32 = before
 
 @torch.no_grad()
-def bilateral_filter(features: torch.Tensor,  # f (B,d,P): position and colour of each pixel, divided by their σ
-                     values: torch.Tensor,  # s (B,C,P)
-                     chunk: int | None = None,  # rows and columns of W that exist at a time, in PyTorch's operations; None: the GPU's kernel, or 256 on the CPU, whose cache a tile shall fit, or 2048
-                    ) -> torch.Tensor:  # W s (B,C,P), float32
-    "Exactly W s with W_ij = exp(−½‖f_i − f_j‖²), i = j included. Time O(P²), memory O(P + chunk²). Without gradient: `DenseEnergyLoss` has its own."
-    if not chunk and (gpu := gpu_kernels(values.device)): return gpu.bilateral_filter(features, values)
-    chunk = chunk or (256 if values.device.type == "cpu" else 2048)
-    with torch.autocast(values.device.type, enabled=False), _float32_products():  # a difference of large numbers: bf16 or tf32 would leave nothing of it
-        f, s = features.float(), values.float()
+def bilateral_filter(features: torch.Tensor,  # f (B,5,pixels): position and colour, divided by their σ
+                     values: torch.Tensor,  # P (B,C,pixels)
+                     chunk: int | None = None,  # rows and columns of G at a time; None: what suits the device
+                    ) -> torch.Tensor:  # G P (B,C,pixels), float32
+    """Exactly G P with G_ij = exp(−½‖f_i − f_j‖²), i = j included. Time O(pixels²), memory O(pixels + chunk²). Without
+    gradient: `DenseEnergyLoss` has its own."""
+    gpu = None if chunk else gpu_kernels(values.device)
+    if gpu: return gpu.bilateral_filter(features, values)
+    chunk = chunk or (256 if values.device.type == "cpu" else 2048)  # on a CPU a tile should fit in its cache
+    f, P = features.float(), values.float()
+    with _float32_products(values.device):  # the exponent is a difference of large numbers
         f = f - f.mean(2, keepdim=True)
         minus, one = -f.square().sum(1, keepdim=True) / 2, torch.ones_like(f[:, :1])
         rows, columns = torch.cat([f, minus, one], 1).mT.contiguous(), torch.cat([f, one, minus], 1)
-        out = torch.zeros_like(s)
-        for i in (slice(k, k + chunk) for k in range(0, s.shape[2], chunk)):
-            for j in (slice(k, k + chunk) for k in range(i.start, s.shape[2], chunk)):
-                W = (rows[:, i] @ columns[..., j]).clamp_(min=-80).exp_()
-                out[..., j] += s[..., i] @ W
-                if i != j: out[..., i] += s[..., j] @ W.mT
+        out = torch.zeros_like(P)
+        for i in (slice(k, k + chunk) for k in range(0, P.shape[2], chunk)):
+            for j in (slice(k, k + chunk) for k in range(i.start, P.shape[2], chunk)):
+                G = (rows[:, i] @ columns[..., j]).clamp_(min=-80).exp_()
+                out[..., j] += P[..., i] @ G
+                if i != j: out[..., i] += P[..., j] @ G.mT
     return out
 
-# %% ../nbs/10_losses.ipynb #22-10-losses
+# %% ../nbs/10_losses.ipynb #23-10-losses
 class _DenseEnergy(torch.autograd.Function):
-    "−Σ_i g_i s_i·(W s)_i / B, with the released gradient −2 g_i (W s)_i / B."
+    "−Σ_i gate_i P_i·(G P)_i / B, with the released gradient −2 gate_i (G P)_i / B."
     @staticmethod
-    def forward(ctx, s, features, gate):
-        filtered = gate * bilateral_filter(features, s)
+    def forward(ctx, P, features, gate):
+        filtered = gate * bilateral_filter(features, P)
         ctx.save_for_backward(filtered)
-        return -(s * filtered).sum() / len(s)
+        return -(P * filtered).sum() / len(P)
 
     @staticmethod
     def backward(ctx, grad):
         filtered, = ctx.saved_tensors
         return -2 * grad * filtered / len(filtered), None, None
 
-# %% ../nbs/10_losses.ipynb #23-10-losses
+# %% ../nbs/10_losses.ipynb #24-10-losses
 class DenseEnergyLoss(nn.Module):
-    "L_reg of Eq. 12, decision 9: the dense energy of Tang et al. 2018 with the exact bilateral kernel, at `scale` of the resolution. Raises `ValueError` for settings that are not positive."
+    """L_reg of Eq. 12, decision 9: the dense energy of Tang et al. 2018 with the exact bilateral kernel, at `scale` of
+    the resolution. Raises `ValueError` for settings that are not positive."""
     def __init__(self,
-                 weight: float = 1e-7,  # w
+                 weight: float = 1e-7,
                  sigma_rgb: float = 15,  # in steps of 255
                  sigma_xy: float = 100,  # in pixels of the image
                  scale: float = .5):  # of the resolution at which the energy is computed
         super().__init__()
-        if min(weight, sigma_rgb, sigma_xy, scale) <= 0: raise ValueError("weight, sigma_rgb, sigma_xy and scale must be positive")
+        if min(weight, sigma_rgb, sigma_xy, scale) <= 0:
+            raise ValueError("weight, sigma_rgb, sigma_xy and scale must be positive")
         self.weight, self.sigma_rgb, self.sigma_xy, self.scale = weight, sigma_rgb, sigma_xy, scale
 
     def forward(self,
                 image: torch.Tensor,  # (B,3,H,W) in [0,255], not normalised
-                prob: torch.Tensor,  # s (B,C,H,W), softmax of the segmentation logits
+                prob: torch.Tensor,  # P (B,C,H,W), softmax of the segmentation logits
                 box: torch.Tensor | None,  # (B,4) rows (y0,y1,x0,x1): the picture inside the crop; None: everywhere
-                target: torch.Tensor,  # Y (B,H,W): where it is 255 the gate is open
+                target: torch.Tensor,  # Y_p (B,H,W): where it is 255 the gate is open
                ) -> torch.Tensor:  # scalar ≤ 0
         "Raises `ValueError` if the sizes differ."
         B, _, H, W = prob.shape
-        if image.shape != (B, 3, H, W) or target.shape != (B, H, W): raise ValueError(f"image {tuple(image.shape)} and target {tuple(target.shape)} do not belong to prob {tuple(prob.shape)}")
+        if image.shape != (B, 3, H, W) or target.shape != (B, H, W):
+            raise ValueError(f"image {tuple(image.shape)} and target {tuple(target.shape)} do not belong to "
+                             f"prob {tuple(prob.shape)}")
         if box is not None and box.shape != (B, 4): raise ValueError(f"box must be {(B, 4)}, not {tuple(box.shape)}")
         size = int(H * self.scale), int(W * self.scale)
         roi = torch.ones_like(target, dtype=torch.bool) if box is None else box_mask(box, H, W, target.device)
-        image, roi, target = (F.interpolate(x.float(), size, mode="nearest") for x in (image, roi[:, None], target[:, None]))
+        image, roi, target = (F.interpolate(x.float(), size, mode="nearest")
+                              for x in (image, roi[:, None], target[:, None]))
         prob = resize_bilinear(prob.float(), size)
         gate = (roi - prob.detach().amax(1, keepdim=True)).clamp(min=0).masked_fill(target == 255, 1)
         return self.weight * _DenseEnergy.apply((prob * roi).flatten(2), self.features(image), gate.flatten(2))
 
     def features(self, image: torch.Tensor,  # (B,3,h,w) in [0,255], already scaled
-                ) -> torch.Tensor:  # f (B,5,P)
+                ) -> torch.Tensor:  # f (B,5,pixels)
         "f = (x/σ_xy, y/σ_xy, rgb/σ_rgb), σ_xy scaled with the image."
         B, _, h, w = image.shape
         y, x = torch.meshgrid(torch.arange(h, device=image.device), torch.arange(w, device=image.device), indexing="ij")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['transition_matrix', 'random_walk', 'propagate']
 
-# %% ../nbs/08_random_walk.ipynb #02-08-random-walk
+# %% ../nbs/08_random_walk.ipynb #03-08-random-walk
 import torch
 
 from .affinity import window_mask
@@ -16,10 +16,14 @@ def transition_matrix(affinity: torch.Tensor,  # A (B,N,N) in (0,1)
                       mask: torch.Tensor | None = None,  # (N,N) bool: pairs outside get no weight
                       alpha: float = 2,  # elementwise power; > 1 plays weak affinities down
                      ) -> torch.Tensor:  # T (B,N,N) float32, rows sum to 1
-    "Eq. 6, normalised exactly; a token without any affinity keeps to itself. Raises `ValueError` for a negative alpha, or where affinity and mask do not fit."
+    """Eq. 6, normalised exactly; a token without any affinity keeps to itself. Raises `ValueError` for a negative
+    alpha, or where affinity and mask do not fit."""
     if alpha < 0: raise ValueError(f"alpha must not be negative, got {alpha}")
-    if affinity.ndim != 3 or affinity.shape[1] != affinity.shape[2] or mask is not None and mask.shape != affinity.shape[1:]:
-        raise ValueError(f"affinity must be (B,N,N) and the mask (N,N), got {tuple(affinity.shape)}" + (f" and {tuple(mask.shape)}" if mask is not None else ""))
+    if affinity.ndim != 3 or affinity.shape[1] != affinity.shape[2]:
+        raise ValueError(f"affinity must be (B,N,N), got {tuple(affinity.shape)}")
+    if mask is not None and mask.shape != affinity.shape[1:]:
+        raise ValueError(f"affinity and mask must be (B,N,N) and (N,N), got {tuple(affinity.shape)} "
+                         f"and {tuple(mask.shape)}")
     T = affinity.float() ** alpha
     if mask is not None: T = T * mask
     T.diagonal(dim1=1, dim2=2).add_(torch.finfo(T.dtype).tiny)
@@ -34,15 +38,19 @@ def random_walk(maps: torch.Tensor,  # M (B,C,h,w), any number of maps
     "Eq. 6–7: one step for each map. Raises `ValueError` where maps and affinity differ in batch or grid."
     B, C, h, w = maps.shape
     if affinity.shape != (B, h * w, h * w):
-        raise ValueError(f"{B} images of {h}×{w} tokens need an affinity ({B},{h * w},{h * w}), got {tuple(affinity.shape)}: resize the maps to the affinity's grid first")
+        raise ValueError(f"{B} images of {h}×{w} tokens need an affinity ({B},{h * w},{h * w}), "
+                         f"got {tuple(affinity.shape)}: resize the maps to the affinity's grid first")
     T = transition_matrix(affinity, window_mask(h, w, radius, maps.device), alpha)
-    with torch.autocast(maps.device.type, enabled=False): return (maps.float().flatten(2) @ T.transpose(1, 2)).view(B, C, h, w)
+    with torch.autocast(maps.device.type, enabled=False):
+        return (maps.float().flatten(2) @ T.transpose(1, 2)).view(B, C, h, w)
 
 # %% ../nbs/08_random_walk.ipynb #16-08-random-walk
 def propagate(cam: torch.Tensor,  # (B,K,h,w) in [0,1]
               affinity: torch.Tensor,  # (B,N,N), N = h·w
               class_labels: torch.Tensor,  # (B,K) in {0,1}
               background: float,  # β, score of the constant background channel
-              radius: int = 8, alpha: float = 2) -> torch.Tensor:  # (B,K+1,h,w) float32, sums to 1 over classes, absent classes 0
+              radius: int = 8,  # of the window, in tokens
+              alpha: float = 2,  # elementwise power of the affinity
+             ) -> torch.Tensor:  # (B,K+1,h,w) float32, sums to 1 over classes, absent classes 0
     "Eq. 6–7 on background and present classes. Raises `ValueError` where cam and affinity differ in batch or grid."
     return random_walk(background_softmax(cam, class_labels, background), affinity, radius, alpha)

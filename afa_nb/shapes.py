@@ -7,22 +7,27 @@ __all__ = ['SHAPE_CLASSES', 'HUES', 'CORES', 'VERSION', 'outline', 'coverage', '
            'shapes_root']
 
 # %% ../nbs/01_shapes.ipynb #02-01-shapes
-import colorsys, json, os, tempfile
+import colorsys
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .data import cache_dir, save_mask
+from .files import atomic_folder, cache_dir, save_mask
 
 # %% ../nbs/01_shapes.ipynb #05-01-shapes
 SHAPE_CLASSES = ["background", "circle", "square", "triangle", "star", "cross", "ring"]
-HUES = dict(circle=0, square=1/6, triangle=2/6, star=3/6, cross=4/6, ring=5/6) # of core and, faintly, body: red, yellow, green, cyan, blue, magenta
-CORES = dict(circle=.5, square=.45, triangle=.3, star=.1, cross=.55, ring=.75) # how far from the centre the core sits, in radii, towards the first corner
+
+# Hue of the core and, faintly, of the body: red, yellow, green, cyan, blue, magenta
+HUES = dict(circle=0, square=1/6, triangle=2/6, star=3/6, cross=4/6, ring=5/6)
+
+# Distance of the core from the centre, towards the first corner, in radii
+CORES = dict(circle=.5, square=.45, triangle=.3, star=.1, cross=.55, ring=.75)
 
 # %% ../nbs/01_shapes.ipynb #07-01-shapes
 def outline(kind:str, angle): # angle in radians, of any shape
-    "Distance from the centre to the outline in each direction, in units of the object's radius. The first corner is at angle 0."
+    "Distance from the centre to the outline in each direction, in radii of the object. The first corner is at angle 0."
     if kind in ("circle", "ring"): return np.ones_like(angle)
     n = dict(square=4, triangle=3, star=5, cross=4)[kind]
     half = np.pi/n
@@ -32,12 +37,20 @@ def outline(kind:str, angle): # angle in radians, of any shape
     return inner*np.sin(half) / (inner*np.sin(half - a) + np.sin(a)) # the line from the corner to there
 
 # %% ../nbs/01_shapes.ipynb #11-01-shapes
-def coverage(kind:str, size:int, center, radius:float, turn:float, core_radius:float=.4, fine:int=3):
-    """How much of each pixel the object covers, and how much its core: float (2,size,size) in [0,1], from `fine`² points a pixel.
-    `center` (x,y) and `radius` in pixels, `turn` in radians, `core_radius` in radii."""
+def coverage(
+    kind:str,
+    size:int, # of the picture, in pixels
+    center, # (x,y) in pixels
+    radius:float, # in pixels
+    turn:float, # in radians
+    core_radius:float=.4, # in radii
+    fine:int=3, # points along the side of a pixel
+) -> np.ndarray: # float (2,size,size) in [0,1]
+    "How much of each pixel the object covers, and how much of it the core covers."
     cover = np.zeros((2, size, size))
     (x0, x1), (y0, y1) = ((max(0, int(c - radius)), min(size, int(c + radius) + 1)) for c in center)
-    x, y = (((np.arange(a*fine, b*fine) + .5)/fine - c)/radius for a, b, c in ((x0, x1, center[0]), (y0, y1, center[1])))
+    def points(start, end, c): return ((np.arange(start*fine, end*fine) + .5)/fine - c)/radius
+    x, y = points(x0, x1, center[0]), points(y0, y1, center[1])
     u, v = x*np.cos(turn) + y[:, None]*np.sin(turn), y[:, None]*np.cos(turn) - x*np.sin(turn)
     r = np.hypot(u, v)
     body = r < outline(kind, np.arctan2(v, u))
@@ -49,7 +62,9 @@ def coverage(kind:str, size:int, center, radius:float, turn:float, core_radius:f
 # %% ../nbs/01_shapes.ipynb #14-01-shapes
 def noise(rng, size:int, cells=(3, 6, 12, 48), strength=(1, .6, .4, .3)):
     "Cloudy texture (size,size) around 0, in ±sum(strength): random grids of several finenesses, enlarged and added."
-    def layer(n): return np.asarray(Image.fromarray(rng.uniform(-1, 1, (n, n)).astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR))
+    def layer(n):
+        grid = Image.fromarray(rng.uniform(-1, 1, (n, n)).astype(np.float32))
+        return np.asarray(grid.resize((size, size), Image.Resampling.BILINEAR))
     return sum(s*layer(n) for n, s in zip(cells, strength))
 
 # %% ../nbs/01_shapes.ipynb #17-01-shapes
@@ -65,11 +80,13 @@ def weave(rng, size:int, period=(5, 12)): # the range of periods, in pixels
 def _paint_distractor(rng, image, ground):
     "A pale ellipse or bar on `image` (size,size,3), whose colour is about `ground`."
     size = len(image)
-    center, turn, a, b = rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(.05, .35)*size, rng.uniform(.02, .1)*size
+    center, turn = rng.uniform(0, size, 2), rng.uniform(0, np.pi)
+    a, b = rng.uniform(.05, .35)*size, rng.uniform(.02, .1)*size # half-axes
     x, y = np.arange(size) + .5 - center[0], (np.arange(size) + .5 - center[1])[:, None]
     u, v = x*np.cos(turn) + y*np.sin(turn), y*np.cos(turn) - x*np.sin(turn)
     cover = ((1 - np.hypot(u/a, v/b))*b + .5).clip(0, 1)[..., None]
-    image[:] = image*(1 - cover) + cover*(ground + rng.uniform(-.2, .2) + rng.uniform(-.06, .06, 3) + .5*(image - ground))
+    color = ground + rng.uniform(-.2, .2) + rng.uniform(-.06, .06, 3) + .5*(image - ground)
+    image[:] = image*(1 - cover) + cover*color
 
 # %% ../nbs/01_shapes.ipynb #22-01-shapes
 def _paint_object(rng, image, mask, center, radius):
@@ -83,7 +100,8 @@ def _paint_object(rng, image, mask, center, radius):
     body_color = ground + shade + rng.uniform(.4, 1)*(np.array(colorsys.hsv_to_rgb(hue, .5, .6)) - .6)
     core_color = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.75, 1)))
     pattern = rng.uniform(.08, .18)*weave(rng, len(mask))
-    texture = pattern[..., None] + .35*(image - ground) + rng.uniform(0, .14)*noise(rng, len(mask), cells=(16, 32), strength=(1, .6))[..., None]
+    speckles = rng.uniform(0, .14)*noise(rng, len(mask), cells=(16, 32), strength=(1, .6))
+    texture = pattern[..., None] + .35*(image - ground) + speckles[..., None]
     for cover, color in ((body, body_color), (core, core_color)):
         image[:] = image*(1 - cover[..., None]) + (color + texture)*cover[..., None]
     mask[body > .5] = label
@@ -98,7 +116,7 @@ def _free_place(rng, size, discs, tries=30):
 
 # %% ../nbs/01_shapes.ipynb #25-01-shapes
 def draw(rng, size:int=96):
-    "One picture, uint8 (size,size,3) RGB, and its mask, uint8 (size,size) in {0,…,6}; `rng` a numpy Generator."
+    "One picture, uint8 (size,size,3) RGB, and its mask, uint8 (size,size) in {0,…,6}; `rng` is a numpy Generator."
     ground = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(.05, .3), rng.uniform(.35, .7)))
     image = ground + .07*noise(rng, size)[..., None] + .03*np.stack([noise(rng, size) for _ in range(3)], -1)
     image += rng.uniform(.03, .08)*weave(rng, size)[..., None]
@@ -114,33 +132,31 @@ def draw(rng, size:int=96):
 # %% ../nbs/01_shapes.ipynb #30-01-shapes
 VERSION = 5 # of the pictures: counts up whenever they change
 
-def make_shapes(root, # folder to write, in VOC's layout with splits train and val
-                num_train:int=2400, num_val:int=120, # pictures
-                size:int=96, # their side in pixels
-                seed:int=0) -> Path:
-    """Write the data set and return `root`. If it is there already, made with the same parameters, it is used again.
+def make_shapes(
+    root, # folder to write, in VOC's layout with splits train and val
+    num_train:int=2400, # pictures
+    num_val:int=120,
+    size:int=96, # their side in pixels
+    seed:int=0,
+) -> Path:
+    """Write the data set and return `root`. If it is there already, made with the same parameters, it is reused.
     `FileExistsError` if `root` holds anything else, `ValueError` for parameters that make no data set."""
-    root, made_with = Path(root).expanduser(), dict(version=VERSION, num_train=num_train, num_val=num_val, size=size, seed=seed)
+    root = Path(root).expanduser()
+    made_with = dict(version=VERSION, num_train=num_train, num_val=num_val, size=size, seed=seed)
     if min(num_train, num_val) < 1 or size < 32 or seed < 0:
-        raise ValueError(f"want num_train and num_val of at least 1, size of at least 32, seed of at least 0, got {made_with}")
-    if _is_made(root, made_with): return root
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise FileExistsError(f"{root}: holds something else than shapes made with {made_with}; remove it or choose another folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
-        _write(Path(temporary)/"shapes", made_with)
-        try: os.replace(Path(temporary)/"shapes", root)
-        except OSError:
-            if not _is_made(root, made_with): raise # else another process was faster
+        raise ValueError("want num_train and num_val of at least 1, size of at least 32, seed of at least 0, got "
+                         f"{made_with}")
+    if not root.exists() or root.is_dir() and not any(root.iterdir()):
+        with atomic_folder(root) as new: _write(new, made_with)
+    try: found = json.loads((root/"shapes.json").read_text())
+    except (OSError, ValueError): found = None
+    if found != made_with:
+        raise FileExistsError(f"{root}: holds something else than shapes made with {made_with}; remove it or choose "
+                              "another folder")
     return root
 
-# %% ../nbs/01_shapes.ipynb #31-01-shapes
-def _is_made(root, made_with):
-    try: return json.loads((root/"shapes.json").read_text()) == made_with
-    except (OSError, ValueError): return False
-
 def _write(root, made_with):
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"): (root/folder).mkdir(parents=True)
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"): (root/part).mkdir(parents=True)
     (root/"classes.txt").write_text("\n".join(SHAPE_CLASSES) + "\n")
     (root/"shapes.json").write_text(json.dumps(made_with))
     for number, split in enumerate(("train", "val")):
@@ -153,7 +169,8 @@ def _write(root, made_with):
 
 # %% ../nbs/01_shapes.ipynb #33-01-shapes
 def shapes_root(num_train:int=2400, num_val:int=120, size:int=96, seed:int=0) -> Path:
-    "`make_shapes` in the cache folder (`data.cache_dir`): the data set of the demo. `PermissionError` where that cannot be written to."
+    "`make_shapes` in the cache folder (`files.cache_dir`): the demo's data set. `PermissionError` if it is read-only."
     folder = cache_dir()/f"shapes-v{VERSION}-{num_train}-{num_val}-{size}-{seed}"
     try: return make_shapes(folder, num_train, num_val, size, seed)
-    except PermissionError as e: raise PermissionError(f"{folder}: may not be written here; name another folder for the cache in $AFA_NB_CACHE") from e
+    except PermissionError as e:
+        raise PermissionError(f"{folder}: no permission to write; name another cache folder in $AFA_NB_CACHE") from e

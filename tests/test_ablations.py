@@ -22,7 +22,10 @@ NOTEBOOK = Path(__file__).parent.parent / "nbs" / "ablation_modules.ipynb"
 def parameters(tmp_path):
     root = make_shapes(tmp_path / "shapes", num_train=8, num_val=2, size=64)
     other = dict(batch_size=2, crop_size=64, radius=2, save_every=2, log_every=2)
-    return dict(data_root=str(root), preset="demo", max_iters=6, seeds="0", run_dir=str(tmp_path / "runs"), pictures=1, other=json.dumps(other))
+    run_dir = str(tmp_path / "runs")
+    return dict(
+        data_root=str(root), preset="demo", max_iters=6, seeds="0", run_dir=run_dir, pictures=1, other=json.dumps(other)
+    )
 
 
 def rows(parameters):
@@ -31,19 +34,23 @@ def rows(parameters):
 
 
 def networks(parameters):
-    return {f.relative_to(parameters["run_dir"]): f.stat().st_mtime_ns for f in Path(parameters["run_dir"]).glob("*/checkpoints/step-00000006/model.safetensors")}
+    folder = Path(parameters["run_dir"])
+    files = folder.glob("*/checkpoints/step-00000006/model.safetensors")
+    return {f.relative_to(folder): f.stat().st_mtime_ns for f in files}
 
 
 def kill(process):
     "The notebook's kernel too, which is a process of its own."
-    for p in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]: p.kill()
+    running = psutil.Process(process.pid)
+    for p in [*running.children(recursive=True), running]: p.kill()
     process.wait()
 
 
 def test_killed_and_run_again_computes_only_what_is_missing(parameters, tmp_path):
     given = [word for k, v in parameters.items() for word in ("-r" if isinstance(v, str) else "-p", k, str(v))]
-    process = subprocess.Popen([sys.executable, "-m", "papermill", NOTEBOOK, tmp_path / "killed.ipynb", "-k", "python3", "--no-progress-bar", *given],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    command = [sys.executable, "-m", "papermill", NOTEBOOK, tmp_path / "killed.ipynb", "-k", "python3"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--no-progress-bar", *given], **quiet, env=os.environ)
     deadline = time.time() + 300
     while not rows(parameters) and process.poll() is None and time.time() < deadline: time.sleep(.02)
     assert process.poll() is None, "the notebook was over before it was killed"
@@ -54,10 +61,12 @@ def test_killed_and_run_again_computes_only_what_is_missing(parameters, tmp_path
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(NOTEBOOK, out, parameters, kernel_name="python3", progress_bar=False)
     outputs = [o for cell in json.loads(out.read_text())["cells"] for o in cell.get("outputs", [])]
-    text = "".join("".join(o.get("text", [])) + "".join(o.get("data", {}).get("text/markdown", [])) for o in outputs)
+    parts = [part for o in outputs for part in (o.get("text", []), o.get("data", {}).get("text/markdown", []))]
+    text = "".join("".join(part) for part in parts)
     assert f"{len(before)} of 9 numbers are there" in text and "To train:" in text
     assert rows(parameters)[:len(before)] == before and len(rows(parameters)) == 9
-    assert len(networks(parameters)) == 4 and {k: v for k, v in networks(parameters).items() if k in there} == there
+    assert len(networks(parameters)) == 4
+    assert {k: v for k, v in networks(parameters).items() if k in there} == there, "a network was trained again"
     for row in ("baseline", "+ PAR", "+ AFA", "+ L_reg", "+ CRF"): assert f"| {row} |" in text
     assert "baseline → + PAR" in text
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2, "plot and pictures"

@@ -22,8 +22,12 @@ from PIL import Image
 from torchvision.datasets import SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
-from afa_nb import data
-from afa_nb.data import VOC_CLASSES, coco, download_voc, prepare_sbd, read_mask, save_mask, tagged_images, voc
+import afa_nb.coco
+from afa_nb import data, files, sources
+from afa_nb.coco import coco
+from afa_nb.data import VOC_CLASSES, voc
+from afa_nb.files import read_mask, save_mask
+from afa_nb.sources import download_voc, prepare_sbd, tagged_images
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SIZE = 60, 40  # width, height
@@ -174,11 +178,24 @@ def test_tags_of_masks_and_of_xml_differ(unpacked):
 
 def test_tags_of_large_sets_are_remembered_until_a_file_changes(unpacked, cache):
     root, _ = unpacked
-    files = sorted((root / "VOCdevkit/VOC2012/Annotations").iterdir())
-    first = data._cached_tags(data.tags_from_xml, files, VOC_CLASSES)
+    paths = sorted((root / "VOCdevkit/VOC2012/Annotations").iterdir())
+    remembered = lambda: files.cached("tags", lambda: data.tags_from_xml(paths, VOC_CLASSES), paths)
+    first = remembered()
     assert len(list((cache / "tags").iterdir())) == 1
-    files[0].write_text(annotation("x", [("sheep", 0)] * 2))
-    assert not np.array_equal(data._cached_tags(data.tags_from_xml, files, VOC_CLASSES), first)
+    paths[0].write_text(annotation("x", [("sheep", 0)] * 2))
+    assert not np.array_equal(remembered(), first)
+
+
+def test_voc_remembers_the_tags_of_more_than_500_images(unpacked, cache, monkeypatch):
+    folder = unpacked[0] / "VOCdevkit/VOC2012"
+    names = [f"copy_{i:03}" for i in range(501)]
+    for name in names:
+        for sub, ext in (("JPEGImages", "jpg"), ("SegmentationClass", "png")): os.link(folder / f"{sub}/{TRAIN[0]}.{ext}", folder / f"{sub}/{name}.{ext}")
+    (folder / "ImageSets/Segmentation/many.txt").write_text("\n".join(names))
+    first = voc(folder, "many").class_labels
+    monkeypatch.setattr(data, "tags_from_masks", lambda *args: pytest.fail("the masks are read again"))
+    data.tags_from_masks.__name__ = "tags_from_masks"
+    assert torch.equal(voc(folder, "many").class_labels, first) and first.sum() == 501
 
 
 def test_archives_fetched_by_hand_are_used_and_kept(server, tmp_path):
@@ -217,7 +234,7 @@ def test_killed_conversion_is_picked_up(unpacked, monkeypatch):
     root, sbd = unpacked
     folder = root / "VOCdevkit/VOC2012"
     with monkeypatch.context() as patch:
-        patch.setattr(data, "save_mask", slow(save_mask))
+        patch.setattr(sources, "save_mask", slow(save_mask))
         process = multiprocessing.get_context("fork").Process(target=prepare_sbd, args=(root, sbd))
         process.start()
         unfinished = folder / ".SegmentationClassAug.unfinished"
@@ -273,7 +290,7 @@ def test_what_a_kill_leaves_of_a_file_is_passed_over(unpacked, own):
 def test_two_processes_at_once_prepare_once(unpacked, tmp_path, monkeypatch):
     root, sbd = unpacked
     with open(tmp_path / "log", "a") as log:
-        monkeypatch.setattr(data, "save_mask", slow(save_mask, log))
+        monkeypatch.setattr(sources, "save_mask", slow(save_mask, log))
         processes = [multiprocessing.get_context("fork").Process(target=prepare_sbd, args=(root, sbd)) for _ in range(2)]
         for p in processes: p.start()
         for p in processes: p.join(60)
@@ -312,7 +329,7 @@ def test_archives_that_are_refused(server, tmp_path, monkeypatch):
     served, _ = server
     root, sbd = tmp_path / "data", tmp_path / "data/SBD"
     address = SBDataset.url.rsplit("/", 1)[0]
-    get_voc, get_sbd = lambda: download_voc(root), lambda: data.download_sbd(sbd)
+    get_voc, get_sbd = lambda: download_voc(root), lambda: sources.download_sbd(sbd)
     whole = (served / "benchmark.tgz").read_bytes()
     (served / "benchmark.tgz").write_bytes(whole[:-200])  # arrives damaged
     refused(get_sbd, "benchmark.tgz: refused", "MD5 is not", address)
@@ -347,7 +364,7 @@ def test_damaged_matlab_file_is_named(unpacked):
 
 def test_the_count_is_checked(unpacked, monkeypatch):
     root, sbd = unpacked
-    monkeypatch.setattr(data, "TRAIN_AUG", (len(TRAIN), len(VAL), 10582))
+    monkeypatch.setattr(sources, "TRAIN_AUG", (len(TRAIN), len(VAL), 10582))
     with pytest.raises(ValueError, match="has 10582 images to train on, but these are 5"): prepare_sbd(root, sbd)
     (root / "VOCdevkit/VOC2012/.SegmentationClassAug.unfinished").rename(root / "VOCdevkit/VOC2012/SegmentationClassAug")  # as if from elsewhere
     with pytest.raises(ValueError, match="SegmentationClassAug: .* these are 5"): prepare_sbd(root)
@@ -390,9 +407,9 @@ def hundreds(root, about): about["categories"] += [dict(id=200 + i, name=str(i))
 
 
 @pytest.mark.parametrize("change, message", [
-    (half, "instances_val2014.json: cannot be read as JSON: at byte"), (no_list, "not a JSON object"), (captions, "0 categories"),
-    (change("annotations", 3, image_id=77), r"belongs to image 77, which the file does not list \(so do 1 annotations\)"),
-    (change("annotations", 2, category_id=91), "has the category_id 91, which the file does not list"), (change("annotations", 1, image_id="9"), "the entry of annotations at byte"),
+    (half, "instances_val2014.json: cannot be read as JSON after"), (no_list, "0 images and 0 categories"), (captions, "0 categories"),
+    (change("annotations", 3, image_id=77), "entry 3 of annotations has image 77, which the file does not list"),
+    (change("annotations", 2, category_id=91), "has the category_id 91, which the file does not list"), (change("annotations", 1, image_id="9"), "entry 1 of annotations is not one of COCO's.*image_id is '9'"),
     (no_box, "not one of COCO's.*category_id"), (twice, "two images have the id 5"), (image_gone, r"008.jpg: no such image, but instances_val2014.json lists it \(1 of 4"),
     (change("images", 1, file_name="../../secret.jpg"), "'../../secret.jpg' leads out of"), (change("images", 1, file_name="C:\\secret.jpg"), "leads out of"), (hundreds, "at most 255"),
     (change("annotations", 0, segmentation=[["a", "b"]]), "000000000005: not a segmentation"), (change("annotations", 0, segmentation=dict(size=[9, 9], counts=[81])), "000000000005: not a segmentation")], ids=lambda x: getattr(x, "__name__", ""))
@@ -409,15 +426,23 @@ def test_a_split_that_is_not_there(coco_root):
 
 
 def test_annotations_changed_under_an_open_data_set(coco_root):
+    "It stays what it was; who opens it again sees the new ones."
     dataset = coco(coco_root, "val2014")
+    masks = [s["mask"] for s in dataset]
     (coco_root / "annotations/instances_val2014.json").write_text(json.dumps(dict(info={}) | coco_json(1)))
-    with pytest.raises(ValueError, match="open the data set again"): [dataset[i] for i in range(4)]
+    assert all(torch.equal(s["mask"], mask) for s, mask in zip(pickle.loads(pickle.dumps(dataset)), masks, strict=True))
     assert len(coco(coco_root, "val2014")) == 1
+
+
+def test_an_index_that_is_gone(coco_root, cache):
+    sent = pickle.dumps(coco(coco_root, "val2014"))
+    shutil.rmtree(cache)
+    with pytest.raises(FileNotFoundError, match="the index of .*instances_val2014.json is gone; open the data set again"): pickle.loads(sent)
 
 
 def test_the_index_is_made_once_and_shared(coco_root, cache, monkeypatch):
     first = coco(coco_root, "val2014")
-    monkeypatch.setattr(data, "_json_lists", lambda path: pytest.fail("the annotations are read again"))
+    monkeypatch.setattr(afa_nb.coco, "_write_index", lambda *args: pytest.fail("the annotations are read again"))
     again = pickle.loads(pickle.dumps(coco(coco_root, "val2014")))
     assert all(torch.equal(a["mask"], b["mask"]) and torch.equal(a["class_labels"], b["class_labels"]) for a, b in zip(first, again))
     assert all(isinstance(getattr(again.index, name), np.memmap) for name in again.index.ARRAYS)
@@ -431,7 +456,7 @@ def test_a_damaged_index_is_made_again_and_a_cache_that_cannot_be_written_is_don
     os.truncate(index / "tags.npy", 50)
     assert torch.equal(coco(coco_root, "val2014")[1]["mask"], expected)
     monkeypatch.setenv("AFA_NB_CACHE", str(coco_root / "annotations/instances_val2014.json"))  # a file, so no folder can be made in it
-    assert torch.equal(pickle.loads(pickle.dumps(coco(coco_root, "val2014", cache_masks=True)))[1]["mask"], expected)
+    assert torch.equal(pickle.loads(pickle.dumps(coco(coco_root, "val2014")))[1]["mask"], expected)
 
 
 @fork
@@ -441,21 +466,6 @@ def test_two_processes_at_once_make_one_index(coco_root, cache):
     for p in processes: p.join(60)
     assert [p.exitcode for p in processes] == [0, 0]
     assert len(list((cache / "coco").iterdir())) == 1
-
-
-def test_disk_full_while_masks_are_kept(coco_root, monkeypatch):
-    dataset = coco(coco_root, "val2014", cache_masks=True)
-    expected = dataset.read_mask(0)
-
-    def full(self, f, *args, **kwargs):
-        Path(f).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full)
-        with pytest.warns(UserWarning, match="not kept, will be drawn again"): drawn = dataset.read_mask(1)
-    assert [p.stem[-2:] for p in dataset.kept.iterdir()] == ["05"], "nothing half-written is left"
-    assert np.array_equal(dataset.read_mask(1), drawn) and np.array_equal(dataset.read_mask(0), expected)
 
 
 @pytest.mark.skipif(not (SHARED / "data/coco").exists(), reason="needs ../shared/data/coco")
@@ -500,7 +510,7 @@ GOOD = "image,tags\na.jpg,cow\nb.png,cow;dog\n"
     ("tags.csv", "name,tags\na.jpg,cow\n", "no column image, only name, tags"), ("tags.csv", GOOD + "z.jpg,cow\n", r"z.jpg: no such image, but tags.csv lists it \(1 of 3 are missing\)"),
     ("tags.csv", GOOD + "c.jpg,\n", "line 4: 'c.jpg' has no tags. Write background"), ("tags.csv", GOOD + "a.jpg,dog\n", "line 4: 'a.jpg' is there twice"),
     ("tags.csv", GOOD + "a,dog\n", "'a.jpg' is there twice"), ("tags.csv", GOOD + "c.jpg,co\tw\n", "holds a character that cannot be printed"),
-    ("tags.csv", GOOD + "../../etc/passwd,cow\n", "leads out of the data's folder"), ("tags.csv", GOOD + "/etc/passwd,cow\n", "leads out of"), ("tags.csv", GOOD + "..\\b.png,cow\n", "leads out of"),
+    ("tags.csv", GOOD + "../../etc/passwd,cow\n", "leads out of the data folder"), ("tags.csv", GOOD + "/etc/passwd,cow\n", "leads out of"), ("tags.csv", GOOD + "..\\b.png,cow\n", "leads out of"),
     ("tags.json", '{"a.jpg": ["cow"], ', "tags.json: cannot be read"), ("tags.json", '["a.jpg"]', "want an object of image: list of tags"), ("tags.json", '{"a.jpg": ["../cow"], "../b.png": ["cow"]}', "leads out of"),
     ("tags.csv", "image,tags\na.jpg,background\n", "no image has a tag other than background"), ("tags.csv", "image,tags\n", "the table is empty")])
 def test_bad_tables_are_named(own, name, text, message):
@@ -520,7 +530,7 @@ def test_more_bad_input(own):
     (own / "tags.csv").write_text("a,cow\n")
     with pytest.raises(ValueError, match="'a' may be a.jpg or a.png; write which"): tagged_images(own)
     (own / "tags.csv").write_text("a.jpg,cow\na.png,dog\n")
-    with pytest.raises(ValueError, match="two images are called 'a'"): tagged_images(own)
+    with pytest.raises(ValueError, match="two images are called 'a': rename one"): tagged_images(own)
 
 
 def test_odd_tags_work(own):
@@ -538,7 +548,7 @@ def test_tables_as_people_write_them(own):
     dataset = tagged_images(own)
     assert dataset.classes == ["background", "cow", "dog"] and dataset.class_labels.tolist() == [[1, 1], [1, 1], [0, 1]] and dataset[2]["image"].shape[0] == 3
     (own / "x.heic").write_bytes(b"heic")
-    for name, message in [("A.JPG", "no such image, but tags.csv lists it; a.jpg is there"), ("x.heic", "is no format that can be read here: save it as JPEG or PNG")]:
+    for name, message in [("A.JPG", "no such image, but tags.csv lists it; a.jpg is there"), ("x.heic", "is in a format that cannot be read here: save it as JPEG or PNG")]:
         (own / "tags.csv").write_text(f"image,tags\n{name},cow\n")
         with pytest.raises(FileNotFoundError, match=message) as error: tagged_images(own)
         print(error.value)

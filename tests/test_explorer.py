@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afa_nb.data import save_mask
-from afa_nb.explorer import open_bench
-from afa_nb.training import preset, train
+from afa_nb.explorer import Explorer, open_bench
+from afa_nb.files import save_mask
+from afa_nb.settings import preset
+from afa_nb.training import train
 
 pytest.importorskip("ipyevents", reason="the widgets are not installed: pip install 'afa_nb[dev]'")
 CLASSES = ["background", "cat", "dog"]
-TINY = dict(max_iters=2, crop_size=64, batch_size=2, radius=2, eval_every=2)
+
+
+def tiny_run(folder, **changes):
+    "A run of two iterations."
+    tiny = dict(max_iters=2, crop_size=64, batch_size=2, radius=2, eval_every=2)
+    return train(preset("demo", run_dir=str(folder), **tiny, **changes), verbose=False, ladder=())
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +42,12 @@ def coco(tmp_path):
     for split, numbers in (("train2014", [1]), ("val2014", [1, 2])):
         (root / split).mkdir()
         squares = {k: picture(root / split / f"{k}.png", k) for k in numbers}
-        (root / f"annotations/instances_{split}.json").write_text(json.dumps(dict(
-            images=[dict(id=k, file_name=f"{k}.png", height=72, width=96) for k in squares],
-            annotations=[dict(id=k, image_id=k, category_id=k, segmentation=[corners], iscrowd=0, area=1, bbox=[0, 0, 1, 1]) for k, corners in squares.items()],
-            categories=[dict(id=k, name=name) for k, name in enumerate(CLASSES) if k])))
+        rest = dict(iscrowd=0, area=1, bbox=[0, 0, 1, 1])
+        images = [dict(id=k, file_name=f"{k}.png", height=72, width=96) for k in squares]
+        objects = [dict(id=k, image_id=k, category_id=k, segmentation=[squares[k]], **rest) for k in squares]
+        categories = [dict(id=k, name=name) for k, name in enumerate(CLASSES) if k]
+        index = dict(images=images, annotations=objects, categories=categories)
+        (root / f"annotations/instances_{split}.json").write_text(json.dumps(index))
     return root
 
 
@@ -58,8 +66,7 @@ def tagged(tmp_path):
 
 
 def test_coco(coco, tagged, tmp_path):
-    from afa_nb.explorer import Explorer
-    run = train(preset("demo", data_root=str(coco), run_dir=str(tmp_path / "run"), train_split="train2014", val_split="val2014", **TINY), verbose=False, ladder=())
+    run = tiny_run(tmp_path / "run", data_root=str(coco), train_split="train2014", val_split="val2014")
     explorer = Explorer(run)
     c = explorer.controls
     assert (c["split"].options, c["split"].value, c["image"].max) == (("train2014", "val2014"), "val2014", 1)
@@ -67,9 +74,11 @@ def test_coco(coco, tagged, tmp_path):
     c["image"].value = 1
     assert (explorer.bench.name, explorer.bench.own_tags) == ("2", ("dog",))
     c["split"].value = "train2014"
-    assert (explorer.bench.name, c["image"].value, c["image"].max) == ("1", 0, 0) and "split='train2014'" in unescape(explorer.line.value)
+    assert (explorer.bench.name, c["image"].value, c["image"].max) == ("1", 0, 0)
+    assert "split='train2014'" in unescape(explorer.line.value)
     c["data_root"].value = str(tagged)  # the same classes
-    assert (c["split"].options, explorer.bench.name, explorer.bench.mask, explorer.message.value.count("Error")) == (("all",), "cat/felix", None, 0)
+    assert (c["split"].options, explorer.bench.name, explorer.bench.mask) == (("all",), "cat/felix", None)
+    assert "Error" not in explorer.message.value
     c["data_root"].value = ""
     assert (c["split"].value, explorer.bench.name) == ("val2014", "1")
     c["data_root"].value = str(tmp_path / "nowhere")
@@ -77,8 +86,8 @@ def test_coco(coco, tagged, tmp_path):
 
 
 def test_tagged_images(tagged, tmp_path):
-    from afa_nb.explorer import Explorer
-    run = train(preset("demo", data_root=str(tagged), masks=str(tmp_path / "masks"), run_dir=str(tmp_path / "run"), train_split="all", val_split="masked", **TINY), verbose=False, ladder=())
+    masks = str(tmp_path / "masks")
+    run = tiny_run(tmp_path / "run", data_root=str(tagged), masks=masks, train_split="all", val_split="masked")
     explorer = Explorer(run)
     c = explorer.controls
     assert (c["split"].options, c["split"].value, explorer.bench.name) == (("all", "masked"), "masked", "dog/rex")
@@ -87,4 +96,5 @@ def test_tagged_images(tagged, tmp_path):
     assert (explorer.bench.name, explorer.bench.mask, c["image"].max) == ("cat/felix", None, 2)
     assert explorer.bench.figure() and open_bench(run, "cat/tom", split="all").own_tags == ("cat",)
     with pytest.raises(IndexError, match="no picture 1 in masked: it has 1"): open_bench(run, 1)
-    with pytest.raises(FileNotFoundError, match="neither a picture file nor a name in masked"): open_bench(run, "cat/tom")
+    with pytest.raises(FileNotFoundError, match="neither a picture file nor a name in masked"):
+        open_bench(run, "cat/tom")

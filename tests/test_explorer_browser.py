@@ -1,6 +1,7 @@
 """The explorer as a reader's hand finds it: the notebook in JupyterLab, in a real browser.
 
-Screenshots go to $AFA_NB_SCREENSHOTS where that is set; $AFA_NB_PARAMETERS, as JSON, are the notebook's parameters, for instance {"run": "a run's folder"}."""
+Screenshots go to $AFA_NB_SCREENSHOTS if that is set; $AFA_NB_PARAMETERS, as JSON, holds the notebook's parameters, for
+instance {"run": "a run's folder"}."""
 import json
 import os
 import shutil
@@ -29,28 +30,33 @@ def lab(tmp_path_factory):
     nbs = folder / "nbs"
     nbs.mkdir()
     for file in NBS.glob("*.ipynb"): shutil.copy(file, nbs)
-    notebook = json.loads((nbs / "14_explorer.ipynb").read_text(encoding="utf-8"))
+    parameters = json.loads(os.environ.get("AFA_NB_PARAMETERS", "{}"))
+    notebook = json.loads((nbs / "21_explorer.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code": cell["outputs"] = []
-        if "parameters" in cell["metadata"].get("tags", []): cell["source"] += [f"\n{name} = {value!r}" for name, value in json.loads(os.environ.get("AFA_NB_PARAMETERS", "{}")).items()]
-    (nbs / "14_explorer.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] += [f"\n{name} = {value!r}" for name, value in parameters.items()]
+    (nbs / "21_explorer.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     tracker = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     tracker.parent.mkdir(parents=True)
     tracker.write_text('{"windowingMode": "none"}')  # else cells out of sight are not in the page
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = os.environ | dict(JUPYTER_CONFIG_DIR=str(folder / "config"), JUPYTERLAB_SETTINGS_DIR=str(folder / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(folder / "workspaces"))
+    folders = "JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR"
+    environment = os.environ | {name: str(folder / name.split("_")[1].lower()) for name in folders}
+    options = ["--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}",
+               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={nbs}", "--IdentityProvider.token=test",
+               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-                                   f"--ServerApp.root_dir={nbs}", "--IdentityProvider.token=test", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                                  stdout=log, stderr=log, env=environment)
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     for _ in range(300):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) == 0: break
         assert server.poll() is None, (folder / "log").read_text()
         time.sleep(1)
-    yield f"http://127.0.0.1:{port}/lab/tree/14_explorer.ipynb?token=test"
+    yield f"http://127.0.0.1:{port}/lab/tree/21_explorer.ipynb?token=test"
     server.terminate()
     try: server.wait(60)
     except subprocess.TimeoutExpired: server.kill()
@@ -63,11 +69,17 @@ def page(lab):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport=dict(width=1280, height=1000))
         page.problems = []
-        page.on("console", lambda message: page.problems.append(f"{message.text} {message.location.get('url', '')}") if message.type == "error" else None)
+
+        def listen(message):
+            if message.type == "error": page.problems.append(f"{message.text} {message.location.get('url', '')}")
+
+        page.on("console", listen)
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.goto(lab, timeout=120_000)
-        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", timeout=300_000)
-        page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.finished = true) }")
+        kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+        page.wait_for_function(f"{kernel}?.status == 'idle'", timeout=300_000)
+        run_all = "jupyterapp.commands.execute('notebook:run-all-cells')"
+        page.evaluate(f"() => {{ {run_all}.then(() => window.finished = true) }}")
         page.wait_for_function("window.finished", timeout=600_000)
         yield page
         browser.close()
@@ -84,7 +96,8 @@ def test_a_click_and_a_slider_change_the_picture(page, tmp_path):
         "The gesture changes the picture of `row`; a screenshot of what came of it."
         before = row.get_attribute("src")
         gesture()
-        row.page.wait_for_function("([image, before]) => image.src != before && image.complete", arg=[row.element_handle(), before], timeout=20_000)
+        changed = "([image, before]) => image.src != before && image.complete"
+        row.page.wait_for_function(changed, arg=[row.element_handle(), before], timeout=20_000)
         page.wait_for_timeout(500)
         explorer.screenshot(path=folder / f"explorer-{name}.png")
 

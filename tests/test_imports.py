@@ -1,5 +1,7 @@
-"""The package stands without notebook tooling, and its modules build on each other in the notebooks' order."""
+"""The package stands without notebook tooling, and its modules build on each other floor by floor."""
+
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = [nb.stem.split("_", 1)[1] for nb in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
-MODULES = [m for m in ORDER if (ROOT / f"afa_nb/{m}.py").exists()]
-TOOLING = ["IPython", "execnb", "fastcore", "ipyevents", "ipykernel", "ipywidgets", "jupyter_client", "jupyter_core", "nbclient", "nbconvert", "nbdev", "nbformat", "papermill", "pytest"]
+
+
+def number_and_module(notebook):
+    module = re.search(r"#\| default_exp (\w+)", notebook.read_text(encoding="utf-8"))
+    return notebook.stem.split("_")[0], module and module[1]
+
+
+ROOMS = {m: n for n, m in map(number_and_module, sorted((ROOT / "nbs").glob("[0-9a][0-9]_*.ipynb"))) if m}
+METHOD, USE, APPENDIX = ({m for m, n in ROOMS.items() if n[0] in first} for first in ("01", "2", "a"))
+MODULES = sorted(ROOMS)
+TOOLING = [
+    "IPython",
+    "execnb",
+    "fastcore",
+    "ipyevents",
+    "ipykernel",
+    "ipywidgets",
+    "jupyter_client",
+    "jupyter_core",
+    "nbclient",
+    "nbconvert",
+    "nbdev",
+    "nbformat",
+    "papermill",
+    "pytest",
+]
 
 
 def test_importing_needs_no_notebook_tooling(tmp_path):
@@ -33,12 +58,35 @@ from afa_nb.explorer import Explorer
 Explorer("run")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "ImportError: the explorer needs ipywidgets, which is not installed here: pip install 'afa_nb[dev]'" in done.stderr
+    assert "ImportError: the explorer needs ipywidgets, missing here: pip install 'afa_nb[dev]'" in done.stderr
+
+
+def imported(module):
+    "Names of our modules that a module imports when it is imported itself, not inside its functions."
+    tree = ast.parse((ROOT / f"afa_nb/{module}.py").read_text(encoding="utf-8"))
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level]
+    return {name for node in found for name in ([node.module] if node.module else [a.name for a in node.names])}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_only_modules_above(module):
-    tree = ast.parse((ROOT / f"afa_nb/{module}.py").read_text(encoding="utf-8"))
-    used = {name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level
-            for name in ([node.module] if node.module else [alias.name for alias in node.names])}
-    assert used <= set(MODULES[:MODULES.index(module)])
+def test_imports_only_what_lies_below(module):
+    "The method: its earlier notebooks and the appendix. The appendix: not what uses it. Use: what comes before."
+    below = {m for m in ROOMS if ROOMS[m] < ROOMS[module]}
+    allowed = METHOD | APPENDIX if module in APPENDIX else APPENDIX | below
+    assert imported(module) <= allowed
+
+
+def test_no_import_leads_back():
+    open_, done = [], set()
+
+    def visit(module):
+        assert module not in open_, f"a circle: {' → '.join([*open_, module])}"
+        if module in done:
+            return
+        open_.append(module)
+        for name in sorted(imported(module)):
+            visit(name)
+        done.add(open_.pop())
+
+    for module in MODULES:
+        visit(module)

@@ -1,4 +1,4 @@
-"""What predicting must survive: a kill, a full disk, broken and huge pictures; and what the command line answers."""
+"""Predicting survives a kill, a full disk, broken and huge pictures; what the command line answers."""
 import csv
 import errno
 import json
@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from afa_nb import predict
-from afa_nb.data import read_mask
+from afa_nb.files import read_mask
 from afa_nb.model import AFANet
-from afa_nb.training import open_run, preset, save_weights
+from afa_nb.runs import open_run, save_weights
+from afa_nb.settings import preset
 
 CLASSES = ["background", "cow", "person", "yak"]
 
@@ -51,7 +52,8 @@ def photos(tmp_path):
 
 
 def command(photos, run, out, *more):
-    return [sys.executable, "-m", "afa_nb.predict", str(photos), "--weights", str(run), "--best", "--device", "cpu", "--out", str(out), *more]
+    options = ["--weights", str(run), "--best", "--device", "cpu", "--out", str(out)]
+    return [sys.executable, "-m", "afa_nb.predict", str(photos), *options, *more]
 
 
 def contents(out):
@@ -60,7 +62,8 @@ def contents(out):
 
 def test_killed_and_continued_gives_the_same_files(photos, run, predictor, tmp_path):
     for i in range(6, 40): picture(64, 64, i).save(photos / f"{i}.jpg")
-    process = subprocess.Popen(command(photos, run, tmp_path / "out", "--overlays"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(photos, run, tmp_path / "out", "--overlays"), **quiet)
     deadline = time.time() + 300
     while len(list((tmp_path / "out").glob("*.png"))) < 3 and time.time() < deadline: time.sleep(.01)
     process.send_signal(signal.SIGKILL)
@@ -79,18 +82,29 @@ def test_command_line(photos, run, tmp_path):
     "0: all done; 1: some failed and are named; 2: nothing was started."
     (photos / "text.jpg").write_text("not a picture")
     done = subprocess.run(command(photos, run, tmp_path / "out"), capture_output=True, text=True)
-    assert done.returncode == 1 and "6 masks written" in done.stdout and "text.jpg: cannot be read as an image" in done.stderr
+    assert done.returncode == 1 and "6 masks written" in done.stdout
+    assert "text.jpg: cannot be read as an image" in done.stderr
     assert "6/7" in done.stderr or "7/7" in done.stderr, "the progress bar"
     assert predict.main(command(photos / "0.jpg", run, tmp_path / "out", "--quiet")[3:]) == 0
     with pytest.raises(SystemExit) as error: predict.main(["--protocol", "best"])
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("more, message", [
-    (dict(run="nowhere"), "nowhere holds no config.json: is it a run's folder?"), (dict(photos="nowhere"), "nowhere: no such image or folder"),
-    (dict(out="file"), "file: cannot be written to"), (dict(tags="zebra.csv"), "tag 'zebra' is not one of the network's classes: cow, person, yak"),
-    (dict(tags="short.csv"), "has no row for it"), (dict(run="no_checkpoint"), "best holds no weights: nothing was measured"), (dict(photos="empty"), "there is no picture in this folder")],
-    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
+WRONG = [
+    (dict(run="nowhere"), "nowhere holds no config.json: is it a run's folder?"),
+    (dict(photos="nowhere"), "nowhere: no such image or folder"),
+    (dict(out="file"), "file: cannot be written to"),
+    (dict(tags="zebra.csv"), "tag 'zebra' is not one of the network's classes: cow, person, yak"),
+    (dict(tags="short.csv"), "has no row for it"),
+    (dict(run="no_checkpoint"), "best holds no weights: nothing was measured"),
+    (dict(photos="empty"), "there is no picture in this folder"),
+]
+
+
+def name_of(x): return "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
+
+
+@pytest.mark.parametrize("more, message", WRONG, ids=name_of)
 def test_wrong_arguments(photos, run, tmp_path, capsys, more, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
@@ -99,7 +113,8 @@ def test_wrong_arguments(photos, run, tmp_path, capsys, more, message):
     open_run(preset("demo", run_dir=str(tmp_path / "no_checkpoint")), CLASSES)
     paths = dict(photos=photos, run=run, out="out") | {k: v for k, v in more.items() if k != "tags"}
     paths = {k: tmp_path / v for k, v in paths.items()}
-    assert predict.main(command(*(paths[k] for k in ("photos", "run", "out")), "--quiet", *(["--tags", str(tmp_path / more["tags"])] if "tags" in more else []))[3:]) == 2
+    tags = ["--tags", str(tmp_path / more["tags"])] if "tags" in more else []
+    assert predict.main(command(paths["photos"], paths["run"], paths["out"], "--quiet", *tags)[3:]) == 2
     error = capsys.readouterr().err
     print(error)
     assert message in error
@@ -141,8 +156,8 @@ def test_modes_of_pictures(predictor, tmp_path):
 
 
 def test_memory_stays_bounded(run, tmp_path):
-    "6 megapixels; 64 classes at that size would be 1.5 GB of logits."
-    code = f"""
+    "6 megapixels: 64 classes at that size would take 1.5 GB of logits."
+    code = """
 import resource, sys, numpy as np, torch
 from afa_nb.model import AFANet
 from afa_nb.predict import Predictor
@@ -159,13 +174,13 @@ print(round(peak() - before))
     assert int(done.stdout) < 800, f"{done.stdout} MB"
 
 
-def test_masks_of_before_are_no_pictures(photos, predictor):
+def test_earlier_masks_are_not_taken_for_pictures(photos, predictor):
     predict.predict_folder(predictor, photos, photos / "masks")
     assert len(predict.predict_folder(predictor, photos, photos / "more", overlays=True).done) == 6
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
-def test_names_that_are_no_text(photos, predictor, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_file_names_that_are_not_text(photos, predictor, tmp_path):
     os.rename(photos / "0.jpg", os.fsencode(photos) + b"/caf\xe9.jpg")
     name = os.fsdecode(b"caf\xe9")
     assert name in predict.predict_folder(predictor, photos, tmp_path / "out").done
@@ -176,17 +191,21 @@ def test_names_that_are_no_text(photos, predictor, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_end_with_a_killed_parent(photos, run, tmp_path):
-    def alive(): return {p.name for p in Path("/proc").iterdir() if p.name.isdigit() and marked(p)}
     def marked(p):
         try: return b"AFA_NB_TEST_WORKERS" in (p / "environ").read_bytes()
         except OSError: return False
 
+    def alive(): return {p.name for p in Path("/proc").iterdir() if p.name.isdigit() and marked(p)}
+
     for i in range(6, 60): picture(300, 300, i).save(photos / f"{i}.jpg")
-    process = subprocess.Popen(command(photos, run, tmp_path / "out", "--crf"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | dict(AFA_NB_TEST_WORKERS="1"))
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    marker = os.environ | dict(AFA_NB_TEST_WORKERS="1")
+    process = subprocess.Popen(command(photos, run, tmp_path / "out", "--crf"), env=marker, **quiet)
     deadline = time.time() + 300
     while not list((tmp_path / "out").glob("*.png")) and time.time() < deadline: time.sleep(.05)
     assert len(alive()) > 1
-    process.kill(), process.wait()
+    process.kill()
+    process.wait()
     while alive() and time.time() < deadline: time.sleep(.2)
     assert not alive()
 
@@ -195,7 +214,8 @@ def test_masks_of_two_networks_do_not_mix(photos, predictor, tmp_path):
     predict.predict_folder(predictor, photos, tmp_path / "out")
     torch.manual_seed(1)
     other = predict.Predictor(AFANet(len(CLASSES), "mit_tiny", stride=8, decoder_dim=64), CLASSES, long_side=None)
-    with pytest.raises(ValueError, match="made with other weights: choose another folder, or overwrite"): predict.predict_folder(other, photos, tmp_path / "out")
+    with pytest.raises(ValueError, match="made with other weights: choose another folder, or overwrite"):
+        predict.predict_folder(other, photos, tmp_path / "out")
     assert len(predict.predict_folder(other, photos, tmp_path / "out", overwrite=True).done) == 6
     assert json.loads((tmp_path / "out/predict.json").read_text())["weights"] == other.settings()["weights"]
 
@@ -204,7 +224,8 @@ def test_crf_in_processes_gives_what_one_call_gives(photos, predictor, tmp_path)
     pytest.importorskip("pydensecrf.densecrf")
     refined = predict.Predictor(predictor.net, CLASSES, long_side=None, crf=True)
     predict.predict_folder(refined, photos, tmp_path / "out", crf_workers=2)
-    for i in range(6): np.testing.assert_array_equal(read_mask(tmp_path / f"out/{i}.png"), refined(photos / f"{i}.jpg").mask)
+    for i in range(6):
+        np.testing.assert_array_equal(read_mask(tmp_path / f"out/{i}.png"), refined(photos / f"{i}.jpg").mask)
     rows = list(csv.reader(open(tmp_path / "out/confidence.csv")))
     assert rows[0] == ["image", *CLASSES[1:]] and [r[0] for r in rows[1:]] == list("012345")
     assert all(0 <= float(c) <= 1 for r in rows[1:] for c in r[1:])
@@ -216,7 +237,8 @@ def test_onnx_of_the_papers_network(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     net = AFANet(5, "mit_b0", decoder_dim=32).eval()
-    session = onnxruntime.InferenceSession(predict.export_onnx(net, tmp_path / "seg.onnx", (72, 100)), providers=["CPUExecutionProvider"])
+    file = predict.export_onnx(net, tmp_path / "seg.onnx", (72, 100))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [p.name for p in tmp_path.iterdir()] == ["seg.onnx"], "one file"
     x = torch.rand(2, 3, 72, 100)
     with torch.inference_mode(): expected = predict._Segmentation(net)(x)

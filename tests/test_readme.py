@@ -1,4 +1,5 @@
 """README.md is what index.ipynb says, and what it says works."""
+
 import re
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def test_link_leads_somewhere(link):
 
 
 def test_names_every_notebook():
-    missing = [nb.name for nb in (ROOT / "nbs").glob("*.ipynb") if nb.name != "index.ipynb" and f"nbs/{nb.name}" not in README]
+    missing = [
+        nb.name for nb in (ROOT / "nbs").glob("*.ipynb") if nb.name != "index.ipynb" and f"nbs/{nb.name}" not in README
+    ]
     assert not missing
 
 
@@ -42,7 +45,9 @@ def test_speed_table_is_what_was_measured():
 def test_library_example_runs(tmp_path):
     data = make_shapes(tmp_path / "shapes", num_train=16, num_val=2)
     code = re.search(r"^```python\n(.*?)^```", README, re.M | re.S)[1]
-    short = code.replace('preset("demo")', f'preset("demo", max_iters=3, cam_iters=1, aff_iters=2, data_root={str(data)!r})')
+    short = code.replace(
+        'preset("demo")', f'preset("demo", max_iters=3, cam_iters=1, aff_iters=2, data_root={str(data)!r})'
+    )
     assert short != code
     done = subprocess.run([sys.executable, "-c", short], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -23,7 +23,9 @@ def output(out):
     "One output of a cell as markdown: text/markdown as it is, text as an indented block."
     data = out.get("data", {"text/plain": out.get("text", "")})
     if out["output_type"] == "error" or any(k.startswith("image/") for k in data):
-        raise SystemExit("index.ipynb: a cell ended in an error or shows a picture; README.md takes pictures from nbs/images only")
+        raise SystemExit(
+            "index.ipynb: a cell ended in an error or shows a picture; README.md takes pictures from nbs/images only"
+        )
     if "text/markdown" in data: return "".join(data["text/markdown"])
     return "".join("    " + line for line in "".join(data["text/plain"]).splitlines(keepends=True))
 

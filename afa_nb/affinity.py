@@ -28,7 +28,7 @@ class AffinityHead(nn.Module):
         return (R + R.mT + self.proj.bias).sigmoid()
 
     @property
-    def mix(self) -> torch.Tensor:  # w (channels,)
+    def mix(self) -> torch.Tensor:  # v (channels,)
         "How much each map counts."
         return self.proj.weight.flatten()
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from .transforms import resize_bilinear
 
 # %% ../nbs/05_cam.ipynb #05-05-cam
-def topk_pool(features: torch.Tensor,  # (B,F,h,w)
+def topk_pool(features: torch.Tensor,  # (B,d,h,w)
               k="max",  # share in (0,1] of positions to average: 1.0 is average pooling; "max" is maximum pooling
-             ) -> torch.Tensor:  # (B,F)
+             ) -> torch.Tensor:  # (B,d)
     "§4.2: the mean of the largest values of each map, at least one. Raises `ValueError` for any other `k`."
     if k == "max": return features.amax((2, 3))
     if not isinstance(k, (int, float)) or not 0 < k <= 1:

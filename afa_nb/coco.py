@@ -102,8 +102,9 @@ def _instances(path, images, label_of, runs_file):
     for n, entry in enumerate(_entries(path, "annotations", **fields)):
         row, label = row_of.get(entry["image_id"]), label_of.get(entry["category_id"])
         if row is None or label is None:
-            wrong = f"image {entry['image_id']}" if row is None else f"category_id {entry['category_id']}"
-            raise ValueError(f"{path}: entry {n} of annotations has {wrong}, which the file does not list")
+            wrong = f"has the category_id {entry['category_id']}"
+            if row is None: wrong = f"belongs to image {entry['image_id']}"
+            raise ValueError(f"{path}: entry {n} of annotations {wrong}, which the file does not list")
         _, height, width, file = images[row]
         try: runs = run_lengths(entry["segmentation"], height, width)["counts"]
         except ValueError as e: raise ValueError(f"{path}, {without_extension(file)}: {e}") from e

@@ -20,8 +20,8 @@ def product(x: torch.Tensor,  # (…,in)
             bias: torch.Tensor | None = None,  # (out,)
             ) -> torch.Tensor:  # (…,out)
     "`F.linear`, on a CPU and for many rows computed as a 1×1 convolution."
-    few = x.numel() < 512 * x.shape[-1]
-    if few or not _on_cpu(x) or not torch.backends.mkldnn.is_available(): return F.linear(x, weight, bias)
+    if not _on_cpu(x) or not torch.backends.mkldnn.is_available(): return F.linear(x, weight, bias)
+    if x.numel() < 512 * x.shape[-1]: return F.linear(x, weight, bias)  # few rows
     maps = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y = F.conv2d(maps, weight[:, :, None, None], bias, dilation=2)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -41,12 +41,12 @@ def read_classes(root) -> list[str]: # background first
     return check_classes([unicodedata.normalize("NFC", c) for c in read_lines(path)], path)
 
 def check_classes(classes, where="classes") -> list[str]:
-    "The list, if it can be one of classes: background first, at most 255, each once. Else `ValueError`."
+    "`classes` as a list, checked: background first, at most 255, each once. Else `ValueError`."
     classes = list(classes)
     if len(classes) < 2 or "background" not in classes[0].lower():
         raise ValueError(f"{where}: needs 'background' first and at least one more class, got {classes[:3]}")
     name, n = Counter(classes).most_common(1)[0]
-    if n > 1: raise ValueError(f"{where}: class {name!r} is there {n} times")
+    if n > 1: raise ValueError(f"{where}: class {name!r} is listed {n} times")
     if len(classes) > IGNORE_INDEX:
         raise ValueError(f"{where}: at most {IGNORE_INDEX} classes fit in a mask of bytes, got {len(classes)}")
     return classes

@@ -123,7 +123,7 @@ class Stages:
     ):
         self.image, self.seen, self.size, self.device = image, seen, tuple(image.shape[1:]), seen.cam.device
         self.small = half(normalize(image.to(self.device))[None])
-        for stage, kept in dict(transition=2, shares=8, kernel=4).items():
+        for stage, kept in dict(chosen=4, transition=2, shares=8, kernel=4).items():
             setattr(self, stage, lru_cache(kept)(getattr(self, stage)))
         self.known = {}  # what `strongest` found
 
@@ -251,7 +251,7 @@ class Bench:
     def figure(self, settings: Settings | None = None, **changes):  # a matplotlib figure
         "The explorer's two rows for `settings`, or the bench's own, with `changes`."
         s = (settings or self.settings).changed(**changes)
-        fig, axs = panels(2, 4, WIDTH, self.size[0] / self.size[1], above=2, below=2)
+        fig, axs = panels(2, 4, WIDTH, self.size[0] / self.size[1], above=2, below=1)
         draw_point(self, s, axs[0], 512)
         draw_label(self, s, axs[1], 512)
         return fig
@@ -372,7 +372,7 @@ def draw_point(
     (row, column), one, mean, affinity = bench.asked(s)
     picture, bright = _smaller(bench.image, side), lambda m: max(m.quantile(.99).item(), 1e-8)
     show_image(picture, axs[0], f"token {(row, column)}, radius {s.radius}")
-    show_heatmap(picture, one, axs[1], f"attention, block {s.block}, head {s.head}", vmax=bright(one))
+    show_heatmap(picture, one, axs[1], f"attention: head {s.head} of block {s.block}", vmax=bright(one))
     show_heatmap(picture, mean, axs[2], f"attention, mean of {bench.blocks * bench.heads} maps", vmax=bright(mean))
     show_heatmap(picture, affinity, axs[3], "learned affinity")
     (H, W), (h, w), (y, x) = picture.shape[1:], affinity.shape, bench.point(s)
@@ -410,7 +410,8 @@ def draw_label(
     axs[3].set_axis_off()
     if bench.mask is not None: show_image(overlay(picture, nearest(bench.mask)), axs[3], "ground truth")
     shown = sum(x.flatten().bincount(minlength=256) for x in (label, bench.mask) if x is not None).nonzero()
-    legend(axs[0].get_figure(), bench.classes, shown, loc="lower center", bbox_to_anchor=(.5, 0), ncols=8)
+    below = dict(loc="lower center", bbox_to_anchor=(.5, 0), borderaxespad=0, ncols=8)
+    legend(axs[0].get_figure(), bench.classes, shown, **below)
 
 # %% ../nbs/21_explorer.ipynb #33-14-explorer
 def _controls(W) -> dict:
@@ -466,7 +467,7 @@ class View:
         for name in own.keys() & c.keys() - {"tags"}: c[name].value = own[name]
         c["tags"].value, c["scores"].value = list(bench.own_tags), (own["low"], own["high"])
         aspect = bench.size[0] / bench.size[1]
-        self.figures = {name: panels(1, 4, WIDTH, aspect, above=2, below=2) for name in self.rows}
+        self.figures = {name: panels(1, 4, WIDTH, aspect, above=2, below=1) for name in self.rows}
 
     def draw(self, bench: Bench, s: Settings, *rows):
         "Draws the named rows, and the line of code."

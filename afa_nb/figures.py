@@ -258,10 +258,10 @@ def ladder(
     return ladder_grid([(image, found, mask)], classes, width)
 
 # %% ../nbs/03_figures.ipynb #40-03-figures
-RUNGS = dict(cam="CAM", cam_par="CAM + PAR", raw_attention="raw attention", raw_attention_par="raw attention + PAR",
-             oracle="true affinity", oracle_par="true affinity + PAR", propagated="propagated",
-             propagated_par="propagated + PAR", seg="segmentation", seg_ms="multi-scale + flip",
-             seg_ms_author="multi-scale, author's", seg_crf="+ CRF")
+RUNGS = dict(cam="CAM", cam_par="CAM + PAR", cam_crf="CAM + CRF", raw_attention="raw attention",
+             raw_attention_par="raw attention + PAR", oracle="true affinity", oracle_par="true affinity + PAR",
+             propagated="propagated", propagated_par="propagated + PAR", seg="segmentation",
+             seg_ms="multi-scale + flip", seg_ms_author="multi-scale, author's", seg_crf="+ CRF")
 _LOSSES = dict(loss="total", loss_cls="classification", loss_aff="affinity", loss_seg="segmentation",
                loss_reg="−regularisation")
 
@@ -281,9 +281,9 @@ def _plot_losses(ax, rows):
 def _plot_rungs(ax, evals, sizes):
     "A line through the evaluations of the most frequent number of images, open marks for the others."
     blue, red, green, pink, sky, orange, violet = COLOURS
-    colours = blue, red, "gray", "darkgray", "olive", "brown", green, pink, violet, sky, orange, "black"
+    colours = blue, red, "navy", "gray", "darkgray", "olive", "brown", green, pink, violet, sky, orange, "black"
     for i, (key, name) in enumerate(RUNGS.items()):
-        style = dict(color=colours[i], marker="os^Dv<>*XhPp"[i])
+        style = dict(color=colours[i], marker="osd^Dv<>*XhPp"[i])
         for n in sizes:
             steps, values = _series([r for r in evals if r.get("images") == n], key)
             if not steps: continue

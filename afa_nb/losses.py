@@ -20,8 +20,8 @@ from .transforms import resize_bilinear
 def classification_loss(logits: torch.Tensor,  # z (B,K)
                         class_labels: torch.Tensor,  # y (B,K) in {0,1}
                        ) -> torch.Tensor:  # scalar ≥ 0
-    """Eq. 11 with the minus sign that its print lost: the multi-label soft margin loss, averaged over the batch. Raises
-    `ValueError` if the shapes differ."""
+    """Eq. 11 with the minus sign that is missing in print: the multi-label soft margin loss, averaged over the batch.
+    Raises `ValueError` if the shapes differ."""
     if logits.shape != class_labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and class_labels {tuple(class_labels.shape)} differ; "
                          "both are (B,K), without background")

@@ -43,7 +43,7 @@ class MLPDecoder(nn.Module):
         self.predict = nn.Conv2d(dim, num_classes, 1)
 
     def forward(self,
-                features: list[torch.Tensor],  # one (B,C_i,H_i,W_i) per stage
+                features: list[torch.Tensor],  # one (B,D_i,H_i,W_i) per stage
                 ) -> torch.Tensor:  # logits (B,C,H_1,W_1)
         "The mixture as a sum over the stages, each computed at its own resolution."
         size, x = features[0].shape[-2:], 0

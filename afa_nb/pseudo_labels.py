@@ -161,6 +161,9 @@ def _chosen(image, cam, class_labels, box, classes):
         raise ValueError(f"{shapes} must be (B,3,H,W), (B,K,h,w) and (B,K)")
     if min(image.shape[-2:]) < 2: raise ValueError(f"image {tuple(image.shape)} is too small to be halved")
     if box is not None: _check_box(box, len(image), *image.shape[2:])
+    if classes is not None and classes.shape != class_labels.shape:
+        raise ValueError(f"classes {tuple(classes.shape)} name the channels of cam and class_labels, "
+                         f"which are {tuple(class_labels.shape)}")
     if classes is None:
         classes, class_labels = present_classes(class_labels, cam.device)
         cam = cam.gather(1, classes[:, :, None, None].expand(-1, -1, *cam.shape[2:]))

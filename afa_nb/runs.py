@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 import random
 import shutil
@@ -35,7 +36,7 @@ from . import data, sources
 from .evaluation import LADDER, check_rungs, evaluate, evaluation_settings
 from .files import atomic_write
 from .model import AFANet, load_weights
-from .settings import SUPERVISION, Config, check, multiplies_bf16, open_data, open_split
+from .settings import RETIRED, SUPERVISION, Config, check, multiplies_bf16, open_data, open_split
 from .transforms import TrainTransform, sample_generator
 
 # %% ../nbs/14_runs.ipynb #883c512e
@@ -128,7 +129,7 @@ def newest_checkpoint(run_dir: Path, say=print) -> Path | None:
             bad = [name for name, digest in digests.items() if _digest(folder / name) != digest]
         except (OSError, ValueError) as e: bad = [f"sha256.json ({type(e).__name__})"]
         if not bad: return folder
-        say(f"checkpoint {folder.name} is damaged ({', '.join(bad)}): it is left aside and the one before it used")
+        say(f"checkpoint {folder.name} is damaged ({', '.join(bad)}): skipped; using the one before it")
     return None
 
 def step_of(checkpoint: Path) -> int: return int(checkpoint.name.removeprefix("step-"))
@@ -145,7 +146,6 @@ def load_checkpoint(folder: Path, net, optimizer, accelerator) -> int:
 
 # %% ../nbs/14_runs.ipynb #2015db3d
 _MAY_DIFFER = {"run_dir", "num_workers", "log_every", "save_every", "eval_every", "eval_limit", "val_split", "masks"}
-_GONE = {"channels_last", "cuda_graphs", "compile"}
 
 def _read_settings(run_dir) -> dict:
     "The settings in a run's folder, or {}. Raises `ValueError` for a file that is damaged or of a later version."
@@ -153,9 +153,9 @@ def _read_settings(run_dir) -> dict:
     try: settings = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as e:
         raise ValueError(f"{path} cannot be read ({e}): repair it or choose another run_dir") from e
-    if unknown := sorted(set(settings) - set(asdict(Config())) - _GONE):
+    if unknown := sorted(set(settings) - set(asdict(Config())) - RETIRED):
         raise ValueError(f"{path}: unknown setting {', '.join(unknown)}: is it of a later version?")
-    return {k: v for k, v in settings.items() if k not in _GONE}
+    return {k: v for k, v in settings.items() if k not in RETIRED}
 
 def resolve_precision(config: Config, device: torch.device) -> Config:
     """`config` with "auto" decided: as the run in its folder has begun, else by `multiplies_bf16`. Raises `ValueError`
@@ -187,7 +187,7 @@ def _compare_classes(run_dir, classes):
     before = names.read_text("utf-8").splitlines() if names.exists() else classes
     if before == classes: return
     new, gone = [c for c in classes if c not in before], [c for c in before if c not in classes]
-    parts = [f"{words} {', '.join(those)}" for words, those in (("new are", new), ("gone are", gone)) if those]
+    parts = [f"{words}: {', '.join(those)}" for words, those in (("added", new), ("missing", gone)) if those]
     changes = "; ".join(parts) or "in another order"
     raise ValueError(f"{run_dir} holds a run with other classes ({changes}). "
                      "Choose another run_dir, or the same data to continue it.")
@@ -395,7 +395,8 @@ class Run:
         until: int | None = None,  # stop after so many iterations, with a checkpoint
     ):
         self.config, self.live, self.verbose, self.ladder = config, live, verbose, ladder
-        self._optimizer, self._schedule, self._until = optimizer, schedule, until
+        self._optimizer, self._schedule = optimizer, schedule
+        self._until = None if until is None else operator.index(until)
 
     def __enter__(self):
         check(self.config)
@@ -415,6 +416,7 @@ class Run:
         with self.accelerator.main_process_first():  # one process fetches the weights
             net = _shared_statistics(build(c, trainset.classes, self.verbose and self.main), self.accelerator)
         optimizer = self._optimizer(net, c)
+        self._schedule(optimizer, c, 0)  # counts the optimiser's steps, which accelerate must not undo
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
         stack.enter_context(_lock(Path(c.run_dir), self.main))  # no weights, no folder
         with self.accelerator.main_process_first(): self.folder = open_run(c, trainset.classes)
@@ -485,10 +487,11 @@ class Run:
                     with self.accelerator.accumulate(self.net): yield self.step, batch
 
     def _next(self, loader):
-        try: return on_device(next(loader), self.accelerator.device)
+        try: batch = next(loader)
         except Exception:  # an image that cannot be read: what was learned stays
             if self.accelerator.num_processes == 1 and self.step > self.began: self._save()
             raise
+        return on_device(batch, self.accelerator.device)
 
     def backward(self, loss):
         "Gradients of the loss; zeros for what is idle, see `released_start`."

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['step_labels', 'training_step', 'supervised_step', 'learning_rate', 'parameter_groups', 'optimizer_of', 'schedule_of',
-           'train']
+           'train', 'Config', 'PRESETS', 'SUPERVISION', 'preset', 'configure', 'check', 'open_data', 'open_split',
+           'load_run', 'evaluate_run', 'evaluation_settings', 'read_metrics', 'newest_checkpoint', 'device_name',
+           'NotFinite']
 
 # %% ../nbs/15_training.ipynb #02-13-training
 from pathlib import Path
@@ -139,6 +141,9 @@ def train(
         return run.finish()
 
 # %% ../nbs/15_training.ipynb #3ff85129
+_all_ = ["Config", "PRESETS", "SUPERVISION", "preset", "configure", "check", "open_data", "open_split", "load_run",
+         "evaluate_run", "evaluation_settings", "read_metrics", "newest_checkpoint", "device_name", "NotFinite"]
+
 def __getattr__(name):
     for room in (settings, runs, evaluation):
         if hasattr(room, name): return getattr(room, name)

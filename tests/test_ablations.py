@@ -1,4 +1,5 @@
 """An ablation, run headlessly as a user runs it, killed halfway and run again."""
+
 import csv
 import json
 import os
@@ -42,7 +43,8 @@ def networks(parameters):
 def kill(process):
     "The notebook's kernel too, which is a process of its own."
     running = psutil.Process(process.pid)
-    for p in [*running.children(recursive=True), running]: p.kill()
+    for p in [*running.children(recursive=True), running]:
+        p.kill()
     process.wait()
 
 
@@ -52,7 +54,8 @@ def test_killed_and_run_again_computes_only_what_is_missing(parameters, tmp_path
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen([*command, "--no-progress-bar", *given], **quiet, env=os.environ)
     deadline = time.time() + 300
-    while not rows(parameters) and process.poll() is None and time.time() < deadline: time.sleep(.02)
+    while not rows(parameters) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
     assert process.poll() is None, "the notebook was over before it was killed"
     kill(process)
     before, there = rows(parameters), networks(parameters)
@@ -64,9 +67,10 @@ def test_killed_and_run_again_computes_only_what_is_missing(parameters, tmp_path
     parts = [part for o in outputs for part in (o.get("text", []), o.get("data", {}).get("text/markdown", []))]
     text = "".join("".join(part) for part in parts)
     assert f"{len(before)} of 9 numbers are there" in text and "To train:" in text
-    assert rows(parameters)[:len(before)] == before and len(rows(parameters)) == 9
+    assert rows(parameters)[: len(before)] == before and len(rows(parameters)) == 9
     assert len(networks(parameters)) == 4
     assert {k: v for k, v in networks(parameters).items() if k in there} == there, "a network was trained again"
-    for row in ("baseline", "+ PAR", "+ AFA", "+ L_reg", "+ CRF"): assert f"| {row} |" in text
+    for row in ("baseline", "+ PAR", "+ AFA", "+ L_reg", "+ CRF"):
+        assert f"| {row} |" in text
     assert "baseline → + PAR" in text
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2, "plot and pictures"

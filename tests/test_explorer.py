@@ -1,4 +1,5 @@
 """The explorer on every layout of data: a run on COCO's and one on tagged images, opened and turned by code."""
+
 import json
 from html import unescape
 
@@ -22,14 +23,15 @@ def tiny_run(folder, **changes):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch): monkeypatch.setenv("AFA_NB_CACHE", str(tmp_path / "cache"))
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AFA_NB_CACHE", str(tmp_path / "cache"))
 
 
 def picture(file, k, seed=0):
     "A picture with a square of class k; gives its corners."
     top, left, side = 10, 20, 24 + k
     pixels = np.random.default_rng((k, seed)).integers(0, 99, (72, 96, 3), dtype=np.uint8)
-    pixels[top:top + side, left:left + side, k] = 250
+    pixels[top : top + side, left : left + side, k] = 250
     Image.fromarray(pixels).save(file)
     return [left, top, left + side, top, left + side, top + side, left, top + side]
 
@@ -95,6 +97,7 @@ def test_tagged_images(tagged, tmp_path):
     c["split"].value = "all"
     assert (explorer.bench.name, explorer.bench.mask, c["image"].max) == ("cat/felix", None, 2)
     assert explorer.bench.figure() and open_bench(run, "cat/tom", split="all").own_tags == ("cat",)
-    with pytest.raises(IndexError, match="no picture 1 in masked: it has 1"): open_bench(run, 1)
+    with pytest.raises(IndexError, match="no picture 1 in masked: it has 1"):
+        open_bench(run, 1)
     with pytest.raises(FileNotFoundError, match="neither a picture file nor a name in masked"):
         open_bench(run, "cat/tom")

@@ -2,6 +2,7 @@
 
 Screenshots go to $AFA_NB_SCREENSHOTS if that is set; $AFA_NB_PARAMETERS, as JSON, holds the notebook's parameters, for
 instance {"run": "a run's folder"}."""
+
 import json
 import os
 import shutil
@@ -29,11 +30,13 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     nbs = folder / "nbs"
     nbs.mkdir()
-    for file in NBS.glob("*.ipynb"): shutil.copy(file, nbs)
+    for file in NBS.glob("*.ipynb"):
+        shutil.copy(file, nbs)
     parameters = json.loads(os.environ.get("AFA_NB_PARAMETERS", "{}"))
     notebook = json.loads((nbs / "21_explorer.ipynb").read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
-        if cell["cell_type"] == "code": cell["outputs"] = []
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
         if "parameters" in cell["metadata"].get("tags", []):
             cell["source"] += [f"\n{name} = {value!r}" for name, value in parameters.items()]
     (nbs / "21_explorer.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
@@ -45,21 +48,32 @@ def lab(tmp_path_factory):
         port = s.getsockname()[1]
     folders = "JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR"
     environment = os.environ | {name: str(folder / name.split("_")[1].lower()) for name in folders}
-    options = ["--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", f"--ServerApp.root_dir={nbs}", "--IdentityProvider.token=test",
-               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={nbs}",
+        "--IdentityProvider.token=test",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     with open(folder / "log", "w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     for _ in range(300):
         with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0: break
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                break
         assert server.poll() is None, (folder / "log").read_text()
         time.sleep(1)
     yield f"http://127.0.0.1:{port}/lab/tree/21_explorer.ipynb?token=test"
     server.terminate()
-    try: server.wait(60)
-    except subprocess.TimeoutExpired: server.kill()
+    try:
+        server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
 
 
 @pytest.fixture
@@ -71,7 +85,8 @@ def page(lab):
         page.problems = []
 
         def listen(message):
-            if message.type == "error": page.problems.append(f"{message.text} {message.location.get('url', '')}")
+            if message.type == "error":
+                page.problems.append(f"{message.text} {message.location.get('url', '')}")
 
         page.on("console", listen)
         page.on("pageerror", lambda error: page.problems.append(str(error)))
@@ -114,7 +129,7 @@ def test_a_click_and_a_slider_change_the_picture(page, tmp_path):
     explorer.screenshot(path=folder / "explorer-before.png")
     pixels = point.screenshot(), label.screenshot()
     box = point.bounding_box()
-    act("click", point, lambda: point.click(position=dict(x=.06 * box["width"], y=.35 * box["height"])))
+    act("click", point, lambda: point.click(position=dict(x=0.06 * box["width"], y=0.35 * box["height"])))
     assert "point=" in explorer.locator("code").inner_text()
     act("scores", label, lambda: drag("β_l, β_h", 12))
     act("iterations", label, lambda: drag("iterations", -40))

@@ -1,4 +1,5 @@
 """Predicting survives a kill, a full disk, broken and huge pictures; what the command line answers."""
+
 import csv
 import errno
 import json
@@ -47,7 +48,8 @@ def picture(height, width, seed=0):
 def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i in range(6): picture(40 + i, 50, i).save(folder / f"{i}.jpg")
+    for i in range(6):
+        picture(40 + i, 50, i).save(folder / f"{i}.jpg")
     return folder
 
 
@@ -61,16 +63,19 @@ def contents(out):
 
 
 def test_killed_and_continued_gives_the_same_files(photos, run, predictor, tmp_path):
-    for i in range(6, 40): picture(64, 64, i).save(photos / f"{i}.jpg")
+    for i in range(6, 40):
+        picture(64, 64, i).save(photos / f"{i}.jpg")
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen(command(photos, run, tmp_path / "out", "--overlays"), **quiet)
     deadline = time.time() + 300
-    while len(list((tmp_path / "out").glob("*.png"))) < 3 and time.time() < deadline: time.sleep(.01)
+    while len(list((tmp_path / "out").glob("*.png"))) < 3 and time.time() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     masks = [p for p in (tmp_path / "out").glob("*.png") if not p.name.startswith(".")]
     assert 3 <= len(masks) < 40
-    for mask in masks: read_mask(mask, len(CLASSES))
+    for mask in masks:
+        read_mask(mask, len(CLASSES))
     report = predict.predict_folder(predictor, photos, tmp_path / "out", overlays=True)
     assert len(report.skipped) >= 3 and len(report.done) + len(report.skipped) == 40
     predict.predict_folder(predictor, photos, tmp_path / "whole", overlays=True)
@@ -86,7 +91,8 @@ def test_command_line(photos, run, tmp_path):
     assert "text.jpg: cannot be read as an image" in done.stderr
     assert "6/7" in done.stderr or "7/7" in done.stderr, "the progress bar"
     assert predict.main(command(photos / "0.jpg", run, tmp_path / "out", "--quiet")[3:]) == 0
-    with pytest.raises(SystemExit) as error: predict.main(["--protocol", "best"])
+    with pytest.raises(SystemExit) as error:
+        predict.main(["--protocol", "best"])
     assert error.value.code == 2
 
 
@@ -101,7 +107,8 @@ WRONG = [
 ]
 
 
-def name_of(x): return "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
+def name_of(x):
+    return "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else ""
 
 
 @pytest.mark.parametrize("more, message", WRONG, ids=name_of)
@@ -192,21 +199,27 @@ def test_file_names_that_are_not_text(photos, predictor, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_end_with_a_killed_parent(photos, run, tmp_path):
     def marked(p):
-        try: return b"AFA_NB_TEST_WORKERS" in (p / "environ").read_bytes()
-        except OSError: return False
+        try:
+            return b"AFA_NB_TEST_WORKERS" in (p / "environ").read_bytes()
+        except OSError:
+            return False
 
-    def alive(): return {p.name for p in Path("/proc").iterdir() if p.name.isdigit() and marked(p)}
+    def alive():
+        return {p.name for p in Path("/proc").iterdir() if p.name.isdigit() and marked(p)}
 
-    for i in range(6, 60): picture(300, 300, i).save(photos / f"{i}.jpg")
+    for i in range(6, 60):
+        picture(300, 300, i).save(photos / f"{i}.jpg")
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     marker = os.environ | dict(AFA_NB_TEST_WORKERS="1")
     process = subprocess.Popen(command(photos, run, tmp_path / "out", "--crf"), env=marker, **quiet)
     deadline = time.time() + 300
-    while not list((tmp_path / "out").glob("*.png")) and time.time() < deadline: time.sleep(.05)
+    while not list((tmp_path / "out").glob("*.png")) and time.time() < deadline:
+        time.sleep(0.05)
     assert len(alive()) > 1
     process.kill()
     process.wait()
-    while alive() and time.time() < deadline: time.sleep(.2)
+    while alive() and time.time() < deadline:
+        time.sleep(0.2)
     assert not alive()
 
 
@@ -233,7 +246,8 @@ def test_crf_in_processes_gives_what_one_call_gives(photos, predictor, tmp_path)
 
 def test_onnx_of_the_papers_network(tmp_path):
     "At the paper's stride and a size that is no multiple of it."
-    for module in ("onnx", "onnxscript"): pytest.importorskip(module)
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     net = AFANet(5, "mit_b0", decoder_dim=32).eval()
@@ -241,5 +255,6 @@ def test_onnx_of_the_papers_network(tmp_path):
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert [p.name for p in tmp_path.iterdir()] == ["seg.onnx"], "one file"
     x = torch.rand(2, 3, 72, 100)
-    with torch.inference_mode(): expected = predict._Segmentation(net)(x)
+    with torch.inference_mode():
+        expected = predict._Segmentation(net)(x)
     np.testing.assert_allclose(session.run(["logits"], {"image": x.numpy()})[0], expected.numpy(), atol=1e-4)

@@ -1,4 +1,5 @@
 """The tour, run headlessly with a training of a few steps."""
+
 import json
 from pathlib import Path
 

@@ -307,7 +307,7 @@ def test_other_classes_are_refused_and_a_run_that_has_not_begun_is_replaced(root
     )  # as a start that ran out of memory leaves it
     train(settings, verbose=False, until=6)
     (photos / "tags.csv").write_text(table.replace("car", "train"))
-    with pytest.raises(ValueError, match=r"other classes \(new are train; gone are car\)"):
+    with pytest.raises(ValueError, match=r"other classes \(added: train; missing: car\)"):
         train(settings, verbose=False)
     (photos / "tags.csv").write_text(table)
     (photos / "masks").mkdir()
@@ -322,18 +322,18 @@ def test_other_classes_are_refused_and_a_run_that_has_not_begun_is_replaced(root
 
 def test_what_was_learned_stays_when_a_picture_cannot_be_read(root, whole, tmp_path, monkeypatch):
     config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT | dict(save_every=100))
-    seen, on_device = [], runs.on_device
+    seen, getitem = [], runs.TrainSet.__getitem__
 
-    def breaking(batch, device):
-        seen.append(batch)
-        if len(seen) == 6:
+    def breaking(crops, key):
+        seen.append(key)
+        if len(seen) == 21:  # the first of the sixth batch
             raise OSError("a.jpg: cannot be read")
-        return on_device(batch, device)
+        return getitem(crops, key)
 
-    monkeypatch.setattr(runs, "on_device", breaking)
+    monkeypatch.setattr(runs.TrainSet, "__getitem__", breaking)
     with pytest.raises(OSError, match="a.jpg"):
         train(config, verbose=False)
-    monkeypatch.setattr(runs, "on_device", on_device)
+    monkeypatch.setattr(runs.TrainSet, "__getitem__", getitem)
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
     assert same(weights(train(config, verbose=False)), weights(whole))
 

@@ -526,8 +526,7 @@ class Run:
         c, seen = self.config, self.losses
         means = {k: (self.accelerator.reduce(v, "mean") / seen.counts[k]).item() for k, v in seen.sums.items()}
         speed = seen.batches / c.accumulate / (time.perf_counter() - seen.start)
-        weights = dict(cls=1, seg=c.lambda_seg, aff=c.lambda_aff, reg=c.lambda_reg)
-        total = sum(weights[k] * v for k, v in means.items())
+        total = sum(weight * means[k] for k, weight in c.loss_weights.items() if k in means)
         self.metrics.add(kind="train", step=self.step, loss=total, **{f"loss_{k}": v for k, v in means.items()},
                          lr=self.rate, iterations_per_second=round(speed, 3))
         seen.reset()

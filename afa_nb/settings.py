@@ -96,6 +96,11 @@ class Config:
         par = PAR(self.dilations, self.par_iters)
         return PseudoLabels(par, self.low, self.high, self.radius, self.alpha)
 
+    @property
+    def loss_weights(self) -> dict:
+        "Eq. 12: the weight of each loss, in the order in which they are added up."
+        return dict(cls=1., seg=self.lambda_seg, aff=self.lambda_aff, reg=self.lambda_reg)
+
 RETIRED = {"channels_last", "cuda_graphs", "compile"}  # of older versions; they never changed what is learned
 
 def _kinds(name): return get_args(_TYPES[name]) or (_TYPES[name],)

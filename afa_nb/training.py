@@ -68,11 +68,9 @@ def training_step(
         losses["aff"] = affinity_loss(out.affinity, affinity_labels(taught, config.stride, config.radius))
     seg = resize_bilinear(out.seg.float().contiguous(), target.shape[-2:])
     losses["seg"] = segmentation_loss(seg, target)
-    total = losses["cls"] + config.lambda_seg * losses["seg"]
-    if learns_affinity: total = total + config.lambda_aff * losses["aff"]
     if config.lambda_reg:
         losses["reg"] = DenseEnergyLoss()(denormalize(image) * 255, seg.softmax(1), batch["box"], target)
-        total = total + config.lambda_reg * losses["reg"]
+    total = sum(weight * losses[k] for k, weight in config.loss_weights.items() if k in losses)
     return total, {k: v.detach() for k, v in losses.items()}
 
 # %% ../nbs/15_training.ipynb #05b-13-training

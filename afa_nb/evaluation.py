@@ -13,8 +13,10 @@ import math
 import sys
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -328,6 +330,9 @@ def size_batches(
 def peak_memory(device) -> float | None:  # MiB, or None where it is not known
     "The most memory used so far: of a GPU by tensors since the last reset, otherwise of this process since its start."
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError, StopIteration):  # Linux; getrusage would count what the parent held before it started us
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
     try:
         import resource
     except ImportError: return None  # Windows

@@ -92,9 +92,12 @@ def ablation_config(
     say=print,
     **changes,
 ) -> Config:
-    "What the rows of a table share."
+    "What the rows of a table share. Raises `ValueError` for data without masks, of which nothing can be measured."
     if finished: config = load_run(finished)[1]
     else: config = configure(data_root, preset_name, say, max_iters=max_iters, **changes)
+    if open_data(config)[1] is None:
+        raise ValueError(f"{config.data_root}: no image has a mask, so there is nothing to measure; "
+                         """name a folder of masks: -p other '{"masks": "FOLDER"}'""")
     data = "shapes" if config.data_root is None else Path(config.data_root).name
     folder = run_dir or f"runs/ablations-{Path(finished).name if finished else data}"
     return replace(config, run_dir=str(folder), eval_every=config.max_iters)

@@ -7,9 +7,11 @@ __all__ = ['run_lengths', 'draw_instances', 'CocoImages', 'coco', 'coco_splits']
 
 # %% ../nbs/a1_coco.ipynb #03-a1_coco
 import atexit
+import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .data import IGNORE_INDEX, Record, TaggedImages, check_classes
-from .files import atomic_folder, cache_dir, cache_key, check_inside, without_extension
+from .files import atomic_folder, cache_dir, cache_key, check_inside, spelling, without_extension
+from .files import sizes as sizes_of
 
 # %% ../nbs/a1_coco.ipynb #06-a1_coco
 def run_lengths(segmentation, height:int, width:int) -> dict:
@@ -52,72 +55,140 @@ def draw_instances(
     return mask
 
 # %% ../nbs/a1_coco.ipynb #12-a1_coco
-def _entries(path, key, **types): # field → what it must be
-    "The entries of a list in a JSON object, one at a time. `ValueError` for one that lacks a field."
-    n = -1
+def _whole(value) -> int:
+    if isinstance(value, str) or isinstance(value, float) and value.is_integer(): value = int(value)
+    if not isinstance(value, int): raise TypeError
+    return value
+
+def _id(value): # a whole number, also as text; other text stays as it is
+    if isinstance(value, int): return value # nearly always
+    try: return _whole(value)
+    except ValueError: return value
+
+def _side(value) -> int: return _whole(value or 0) # 0: not given
+
+def _crowd(value) -> bool: return _whole(value or 0) > 0
+
+def _text(value) -> str:
+    if not isinstance(value, str) or not value.strip(): raise TypeError
+    return value.strip()
+
+def _entries(path, key, **fields): # field → what makes its value of what the file holds; absent is None
+    "The entries of a list in a JSON object, one at a time. `ValueError` for one with a field that makes no sense."
+    n, entry, field = -1, None, None
     try:
         with open(path, "rb") as f:
             for n, entry in enumerate(ijson.items(f, f"{key}.item", use_float=True)):
-                for field, kind in types.items():
-                    if not isinstance(entry[field], kind): raise TypeError(f"{field} is {entry[field]!r}")
+                for field, read in fields.items(): entry[field] = read(entry.get(field))
                 yield entry
     except ijson.JSONError as e: raise ValueError(f"{path}: cannot be read as JSON after {n + 1} {key} ({e})") from None
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{path}: entry {n} of {key} is not one of COCO's ({type(e).__name__}: {e})") from None
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        wrong = f"{field} is {entry[field]!r}" if isinstance(entry, dict) and field in entry else f"no {field}"
+        raise ValueError(f"{path}: entry {n} of {key} is not one of COCO's ({wrong})") from None
 
 _INSTANCE = np.dtype([("row", np.int32), ("start", np.int64), ("size", np.int32), ("label", np.uint8), ("crowd", bool)])
+
+def _in_order(ids): return sorted(ids, key=lambda i: (isinstance(i, str), i))
 
 def _write_index(path, folder):
     """The arrays of `_Index`: images in the order of their ids; their instances side by side, in the order of the file.
     `ValueError` naming the entry that is wrong."""
-    images = _entries(path, "images", id=int, height=int, width=int, file_name=str)
-    images = sorted((entry["id"], entry["height"], entry["width"], entry["file_name"]) for entry in images)
-    names = {entry["id"]: entry["name"] for entry in _entries(path, "categories", id=int, name=str)}
-    if not images or not names:
-        raise ValueError(f"{path}: not COCO's instances, it lists {len(images)} images and {len(names)} categories")
-    for (image, *_), (after, *_) in zip(images, images[1:]):
-        if image == after: raise ValueError(f"{path}: two images have the id {image}")
-    for *_, file in images: check_inside(file, path)
-    label_of = {category: label for label, category in enumerate(sorted(names), 1)}
-    classes = check_classes(["background", *(names[category] for category in label_of)], path)
-    with open(folder/"runs", "wb") as f: found = np.fromiter(_instances(path, images, label_of, f), _INSTANCE)
+    images = {}
+    for entry in _entries(path, "images", id=_id, height=_side, width=_side, file_name=_text):
+        image, file = entry["id"], entry["file_name"]
+        if image in images: raise ValueError(f"{path}: two images have the id {image}")
+        check_inside(file, path)
+        images[image] = _size(path, entry), file
+    images = {image: images[image] for image in _in_order(images)}
+    name, n = Counter(without_extension(file) for _, file in images.values()).most_common(1)[0] if images else ("", 0)
+    if n > 1: raise ValueError(f"{path}: {n} images have the file_name {name}, apart from its extension; rename them")
+    label_of, classes = _categories(path, images)
+    odd = Counter()
+    with open(folder/"runs", "wb") as f: found = np.fromiter(_instances(path, images, label_of, f, odd), _INSTANCE)
     found = found[np.argsort(found["row"], kind="stable")]
-    tags = np.zeros((len(images), len(names)), np.uint8)
-    tags[found["row"], found["label"].astype(int) - 1] = 1
+    tags = np.zeros((len(images), len(classes) - 1), np.uint8)
+    tagged = found[found["label"] > 0]
+    tags[tagged["row"], tagged["label"].astype(int) - 1] = 1
     arrays = dict(
-        size=np.array([(height, width) for _, height, width, _ in images], np.int32),
-        file=np.array([file.encode() for *_, file in images]),
+        size=np.array([size for size, _ in images.values()], np.int32),
+        file=np.array([file.encode() for _, file in images.values()]),
         tags=tags,
         instances=found,
         first=np.searchsorted(found["row"], np.arange(len(images) + 1)),
         classes=np.array(classes),
+        odd=np.array([odd[what] for what in _ODD]),
     )
     for name, values in arrays.items(): np.save(folder/f"{name}.npy", values)
 
-def _instances(path, images, label_of, runs_file):
-    "The rows of the array `instances`, in the order of the file; writes their run lengths."
-    row_of = {image: row for row, (image, *_) in enumerate(images)}
+def _size(path, entry) -> tuple: # (height, width)
+    "What the entry says, or else, what its image in the folder beside `annotations` has."
+    if min(size := (entry["height"], entry["width"])) > 0: return size
+    image = path.parents[1]/path.stem.removeprefix("instances_")/entry["file_name"]
+    try: return sizes_of(image)[1][::-1]
+    except OSError as e:
+        raise ValueError(f"{path}: image {entry['id']} has no height and width, so its file is asked, but {e}") from e
+
+def _categories(path, images) -> tuple[dict, list[str]]: # category → label; the classes
+    names = {}
+    for entry in _entries(path, "categories", id=_id, name=_text):
+        category, name = entry["id"], entry["name"]
+        if names.setdefault(category, name) != name:
+            raise ValueError(f"{path}: two categories have the id {category}: {names[category]} and {name}")
+    if not images or not names:
+        raise ValueError(f"{path}: not COCO's instances, it lists {len(images)} images and {len(names)} categories")
+    background = [category for category, name in names.items() if name.strip("_").lower() == "background"]
+    own = _in_order({*names}.difference(background))
+    if not own: raise ValueError(f"{path}: its only category is {names[background[0]]}; there is nothing to learn")
+    classes = check_classes(["background", *(names[category] for category in own)], path)
+    return dict.fromkeys(background, 0) | {category: label for label, category in enumerate(own, 1)}, classes
+
+_ODD = "no outline", "first", "thin" # instances without outline, entry of the first of them, outlines of < 3 points
+
+def _instances(path, images, label_of, runs_file, odd):
+    "The rows of the array `instances`, in the order of the file; writes their run lengths, and counts what is odd."
+    row_of, images = {image: row for row, image in enumerate(images)}, list(images.values())
     start = runs_file.write(b"\n") # an empty file cannot be mapped
-    fields = dict(image_id=int, category_id=int, segmentation=(list, dict))
-    for n, entry in enumerate(_entries(path, "annotations", **fields)):
+    for n, entry in enumerate(_entries(path, "annotations", image_id=_id, category_id=_id, iscrowd=_crowd)):
         row, label = row_of.get(entry["image_id"]), label_of.get(entry["category_id"])
         if row is None or label is None:
             wrong = f"has the category_id {entry['category_id']}"
             if row is None: wrong = f"belongs to image {entry['image_id']}"
-            raise ValueError(f"{path}: entry {n} of annotations {wrong}, which the file does not list")
-        _, height, width, file = images[row]
-        try: runs = run_lengths(entry["segmentation"], height, width)["counts"]
-        except ValueError as e: raise ValueError(f"{path}, {without_extension(file)}: {e}") from e
-        yield row, start, runs_file.write(runs), label, bool(entry.get("iscrowd"))
+            raise ValueError(f"{path}: entry {n} of annotations {wrong}, which the file does not list. Add it there, "
+                             "or remove the entry")
+        runs, (size, file) = b"", images[row]
+        try:
+            outline, thin = _outline(entry.get("segmentation")) if label else (None, 0)
+            if outline: runs = run_lengths(outline, *size)["counts"]
+        except (TypeError, ValueError) as e:
+            why = "not a segmentation: coordinates are numbers" if isinstance(e, TypeError) else e
+            raise ValueError(f"{path}, entry {n} of annotations, {without_extension(file)}: {why}") from e
+        odd["thin"] += thin
+        if label and not outline and not thin:
+            if not odd["no outline"]: odd["first"] = n
+            odd["no outline"] += 1
+        yield row, start, runs_file.write(runs), label, entry["iscrowd"]
         start += len(runs)
+
+def _outline(segmentation) -> tuple: # a segmentation, or None; how many polygons were left out of it
+    "Without the polygons of fewer than three points, which enclose nothing. Polygons may be lists of pairs, too."
+    if not isinstance(segmentation, list): return segmentation or None, 0
+    if segmentation and not isinstance(segmentation[0], list): segmentation = [segmentation]
+    if segmentation[2:] and all(len(part) == 2 for part in segmentation): segmentation = [segmentation]
+    polygons = [sum(p, []) if p and isinstance(p[0], list) else p for p in segmentation if p]
+    for p in polygons:
+        if len(p) % 2: raise ValueError("not a segmentation: an odd number of coordinates")
+        if math.hypot(*p) > 1e7: # pycocotools walks along each edge. None is no number: TypeError
+            raise ValueError("not a segmentation: its coordinates lead millions of pixels out of the image")
+    whole = [p for p in polygons if len(p) > 5]
+    return whole or None, len(polygons) - len(whole)
 
 # %% ../nbs/a1_coco.ipynb #14-a1_coco
 class _Index:
     "What `_write_index` writes, mapped from the cache folder, or from a temporary one if the cache cannot be written."
-    ARRAYS = "size", "file", "tags", "instances", "first", "classes"
+    ARRAYS = "size", "file", "tags", "instances", "first", "classes", "odd"
 
     def __init__(self, path):
-        self.path, self.folder = Path(path), cache_dir()/"coco"/cache_key([path], "2")
+        self.path, self.folder = Path(path), cache_dir()/"coco"/cache_key([path], "3")
         if self._map(): return
         try:
             with atomic_folder(self.folder) as new: _write_index(path, new)
@@ -144,28 +215,50 @@ class _Index:
         if not self._map():
             raise FileNotFoundError(f"{self.folder}: the index of {self.path} is gone; open the data set again")
 
+    def notes(self) -> list[str]:
+        "Sentences about instances that have no outline."
+        no_outline, _, thin = self.odd.tolist()
+        notes = []
+        if no_outline:
+            notes.append(f"Without segmentation: {no_outline} of {len(self.instances)} instances. They give tags, "
+                         "which is enough to train, but no masks.")
+        if thin: notes.append(f"Not drawn, because they enclose nothing: {thin} polygons of fewer than three points.")
+        return notes
+
+    def why_no_masks(self) -> str: # "" if masks can be drawn
+        no_outline, first, thin = self.odd.tolist()
+        drawn = self.instances["size"][self.instances["label"] > 0]
+        if not no_outline and (drawn.any() or not thin): return ""
+        what = f"no segmentation (the first is entry {first}): a box does" if no_outline else \
+            "no segmentation of three points or more: two points do"
+        return (f"{self.path}: {no_outline or len(drawn)} of its {len(self.instances)} annotations have {what} not say "
+                "which pixels are the object's, so there is no mask to measure with. Outline these objects or remove "
+                "their images; a few images that are outlined completely are enough to measure with. To train, tags "
+                "are enough (masks=False)")
+
     def read_instances(self, row) -> list: # (class index, whether a crowd, segmentation) in the order of the file
         size = self.size[row].tolist()
         def segmentation(start, n): return dict(size=size, counts=self.runs[start:start + n].tobytes())
         found = self.instances[self.first[row]:self.first[row + 1]].tolist()
-        return [(label, crowd, segmentation(start, n)) for _, start, n, label, crowd in found]
+        return [(label, crowd, segmentation(start, n)) for _, start, n, label, crowd in found if n]
 
 # %% ../nbs/a1_coco.ipynb #16-a1_coco
 class _Records(Sequence):
     "Records that are made when asked for, so that workers copy none."
-    def __init__(self, index, rows, folder): self.index, self.rows, self.folder = index, rows, folder
+    def __init__(self, index, rows, folder, respelled):
+        self.index, self.rows, self.folder, self.respelled = index, rows, folder, respelled
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
         file = self.index.file[self.rows[i]].decode()
-        return Record(without_extension(file), str(self.folder/file))
+        return Record(without_extension(file), str(self.folder/self.respelled.get(file, file)))
 
 class CocoImages(TaggedImages):
     "`TaggedImages` that draw their masks; made by `coco`."
     has_masks = False # of an object: whether samples carry `mask`
+    to_add = "add such images, listed without annotations, and set negatives=True"
 
-    def __init__(self, index, rows, folder, masks, notes):
-        self.index, self.has_masks = index, masks
-        records = _Records(index, rows, folder)
+    def __init__(self, index, records, masks, notes):
+        self.index, self.has_masks, rows = index, masks, records.rows
         super().__init__(records, index.tags[rows], index.classes.tolist(), "the instances", notes)
 
     def with_masks(self):
@@ -182,13 +275,13 @@ class CocoImages(TaggedImages):
 def coco(
     root, # folder with annotations/instances_{split}.json and the images in {split}/
     split:str="train2014",
-    masks:bool=True, # whether samples carry `mask`
+    masks:bool=True, # whether samples carry `mask`; None: if every instance has an outline
     empty:bool=False, # keep the images without any instance; the paper does not count them
 ) -> TaggedImages:
     """A data set in MS COCO's layout. The classes are background and the file's categories in the order of their ids.
 
     `FileNotFoundError` where the folder, the annotations or an image is missing; `ValueError` saying what is wrong
-    with annotations that cannot be read as COCO's."""
+    with annotations that cannot be read as COCO's, or if instances that are to be drawn have only a box."""
     root = Path(root).expanduser()
     if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder")
     path, folder = root/"annotations"/f"instances_{split}.json", root/split
@@ -196,16 +289,22 @@ def coco(
         there = ", ".join(coco_splits(root)) or "no annotations/instances_*.json"
         raise FileNotFoundError(f"{path}: no such file; there is: {there}")
     index = _Index(path)
-    rows = np.arange(len(index.file)) if empty else np.flatnonzero(index.tags[:].any(1))
+    why_not = "" if masks is False else index.why_no_masks()
+    if masks and why_not: raise ValueError(why_not)
+    rows = np.arange(len(index.file)) if empty else np.flatnonzero(np.diff(index.first))
     if not len(rows): raise ValueError(f"{path}: no image with an instance")
     there = set(os.listdir(folder)) if folder.is_dir() else set()
     files = map(bytes.decode, index.file[rows].tolist())
-    if missing := [file for file in files if file not in there and not (folder/file).exists()]:
+    missing = [file for file in files if file not in there and not (folder/file).exists()]
+    alike = {spelling(file): file for file in there} if missing else {}
+    respelled = {file: alike[spelling(file)] for file in missing if spelling(file) in alike}
+    if missing := [file for file in missing if file not in respelled]:
         raise FileNotFoundError(f"{folder/missing[0]}: no such image, but {path.name} lists it ({len(missing)} of "
                                 f"{len(rows)} are missing)")
     left = len(index.file) - len(rows)
-    notes = [f"Left out because nothing is outlined: {left} images."] if left else []
-    return CocoImages(index, rows, folder, masks, notes)
+    notes = index.notes()
+    if left: notes.append(f"Left out because nothing is outlined: {left} images; the setting negatives lets them in.")
+    return CocoImages(index, _Records(index, rows, folder, respelled), masks is not False and not why_not, notes)
 
 def coco_splits(root) -> list[str]:
     "The splits with annotations in a COCO folder, in alphabetical order; none if it is not one."

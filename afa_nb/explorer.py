@@ -27,7 +27,7 @@ from .affinity import window_mask
 from .cam import background_softmax, multi_scale_cam
 from .coco import coco_splits
 from .crf import dense_crf
-from .data import voc_folder
+from .data import CLASS_LISTS, voc_folder
 from .evaluation import ConfusionMatrix, predicted_tags
 from .figures import legend, overlay, panels, show_heatmap, show_image
 from .files import cache_dir, read_image
@@ -306,7 +306,7 @@ class Pictures:
 
     def _splits(self):
         "The lists of pictures. Tagged images have none: theirs are `all`, and where there are masks `masked`."
-        kind = layout(self.root, self.tags)
+        kind = layout(self.root, self.tags, self.masks)
         if kind == "coco": return coco_splits(self.root)
         if kind == "tagged": return ["all", "masked"] if self.masks else ["all"]
         return sorted(p.stem for p in (voc_folder(self.root) / "ImageSets/Segmentation").glob("*.txt"))
@@ -316,7 +316,7 @@ class Pictures:
         folder = Path(self.root).expanduser()
         with contextlib.suppress(FileNotFoundError): folder = voc_folder(folder)
         lists = f"ImageSets/Segmentation/{self.split}.txt", f"annotations/instances_{self.split}.json"
-        files = self.tags, *(folder / name for name in (*TAG_TABLES, "classes.txt", *lists))
+        files = self.tags, *(folder / name for name in (*TAG_TABLES, *CLASS_LISTS, *lists))
         return tuple(os.stat(file).st_mtime_ns for file in files if file and os.path.exists(file))
 
     def sample(

@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import warnings
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,18 @@ from . import evaluation
 from .crf import check_crf, dense_crf, dense_crf_pool
 from .evaluation import PROTOCOLS, find_protocol, size_batches
 from .figures import overlay
-from .files import atomic_write, images_below, read_image, save_mask, save_soft_label, without_extension
+from afa_nb.files import (
+    atomic_write,
+    images_below,
+    match_names,
+    oddity,
+    read_image,
+    save_mask,
+    save_soft_label,
+    spelling,
+    unreadable_below,
+    without_extension,
+)
 from .model import AFANet, eval_mode
 from .runs import load_run
 from .sources import read_tags
@@ -182,10 +193,10 @@ def find_pictures(
 ) -> dict:  # name → file; the name is the path below the folder, without extension
     """Raises `FileNotFoundError` for what does not exist, and `ValueError` for a folder without pictures, for two
     pictures whose masks would have the same name, and for a picture that its mask would overwrite."""
-    files = {}
+    files, masks = {}, {}
     for name, path in images.items() if isinstance(images, dict) else _listed(images, out):
-        if name in files:
-            raise ValueError(f"{files[name]} and {path}: the masks of both would be called {name}.png; "
+        if (other := masks.setdefault(spelling(name), path)) != path:
+            raise ValueError(f"{other} and {path}: the masks of both would be called {name}.png; "
                              "rename one, or give them different output folders")
         files[name] = Path(path)
         if files[name].resolve() == (out / f"{name}.png").resolve():
@@ -201,7 +212,8 @@ def _listed(images, out):
             raise ValueError(f"{out} is the folder of pictures itself: choose another folder for the masks")
         found = {source.name: source}
         if source.is_dir(): found = {file: source / file for file in sorted(images_below(source, out))}
-        if not found: raise ValueError(f"{source}: there is no picture in this folder")
+        if not found:
+            raise ValueError(f"{source}: there is no picture in this folder. {unreadable_below(source, out)}".rstrip())
         for file, path in found.items(): yield without_extension(file), path
 
 # %% ../nbs/20_predict.ipynb #35a-predict
@@ -213,8 +225,8 @@ def allowed_classes(
     """Which classes may occur in each picture; its row in the table stands under its path, with or without extension.
     Raises `ValueError`, naming the picture, for one without a row, or with a tag that is not a class."""
     if tags is None: return dict.fromkeys(files, predictor.allowed(None))
-    rows = {str(PurePosixPath(image)): t for image, t in tags.items()}
-    found = {name: rows.get(name + path.suffix, rows.get(name)) for name, path in files.items()}
+    rows = match_names([name + path.suffix for name, path in files.items()], tags, "the table of tags")
+    found = dict(zip(files, map(tags.get, rows)))
     missing = [str(files[name]) for name, t in found.items() if t is None]
     if missing:
         raise ValueError(f"{missing[0]}: the table of tags has no row for it "
@@ -303,6 +315,8 @@ class Report(NamedTuple):
     done: list  # written now
     skipped: list  # existed already
     failed: dict  # name → what was wrong
+    odd: dict  # name → why its mask means little: the picture is black, for instance
+    left_out: str  # files in formats that cannot be read here, counted in a sentence
 
 def predict_folder(
     predictor: Predictor,
@@ -320,7 +334,9 @@ def predict_folder(
     allowed = allowed_classes(predictor, files, tags)
     table = None if tags is None else hashlib.sha256(json.dumps(sorted(tags.items())).encode()).hexdigest()[:16]
     folder = MaskFolder(out, predictor.settings() | dict(tags=table), overlays, overwrite)
-    report = Report([], [name for name in files if name in folder.rows], {})
+    folders = [images] if isinstance(images, (str, os.PathLike)) else [] if isinstance(images, dict) else images
+    left_out = dict.fromkeys(unreadable_below(Path(f).expanduser(), out) for f in folders)
+    report = Report([], [name for name in files if name in folder.rows], {}, {}, " ".join(filter(None, left_out)))
     todo = {name: file for name, file in files.items() if name not in folder.rows}
     with tqdm(total=len(files), initial=len(report.skipped), desc="predict", unit="image", disable=not progress) as bar:
         found = _infer_all(predictor, todo, allowed, report, bar)
@@ -342,6 +358,7 @@ def _infer_all(predictor, files, allowed, report, bar):
             report.failed[name] = str(e)
             bar.update()
             continue
+        if odd := oddity(picture): report.odd[name] = f"{file} {odd}"
         small = at_most(picture, predictor.max_side)
         prob, confidence = predictor.infer(small, allowed[name])
         yield (name, picture.size[::-1], small, confidence), np.array(small), prob
@@ -412,9 +429,11 @@ def main(argv: list[str] | None = None) -> int:  # exit code: 0 all done, 1 some
         print(f"afa-predict: {e}", file=sys.stderr)
         return 2
     count = lambda names, what: f"{len(names)} {what}{'s' * (len(names) != 1)}"
-    failed = f", {count(report.failed, 'picture')} failed:" if report.failed else ""
-    print(f"{args.out}: {count(report.done, 'mask')} written, {len(report.skipped)} existed already{failed}")
-    for name, why in report.failed.items(): print(f"  {name}: {why}", file=sys.stderr)
+    for name, why in (report.failed | report.odd).items(): print(f"  {name}: {why}", file=sys.stderr)
+    said = [f"{count(report.done, 'mask')} written", f"{len(report.skipped)} existed already"]
+    if report.failed: said.append(f"{count(report.failed, 'picture')} failed")
+    if report.odd: said.append(f"{count(report.odd, 'picture')} doubtful")
+    print(f"{args.out}: {', '.join(said)}. {report.left_out}".rstrip())
     return 1 if report.failed else 0
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # not in the notebook

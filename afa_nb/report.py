@@ -51,30 +51,35 @@ def results(
     train_limit: int | None = None,  # images of the training split at most; None: all
 ) -> str:  # markdown
     """The ladder on val and on train, beside the trivial answers and published numbers. What is not measured yet is
-    measured now. Raises what `evaluate_run` raises."""
+    measured now. Without masks it is a sentence that says so. Raises what `evaluate_run` raises."""
     _, config, _ = load_run(run)
+    _, valset = open_data(config)
+    if valset is None: return "No image has a mask, so nothing is measured."
     rungs = (*LADDER, "raw_attention_par", "oracle_par")
     val = evaluate_run(run, config.val_split, rungs)
     train = evaluate_run(run, config.train_split, rungs, train_limit)
     percent = [{k: 100 * row[k] for k in STAGES if row.get(k) is not None} for row in (val, train)]
-    trivial = {k: 100 * v for k, v in trivial_baselines(open_data(config)[1]).items()}
+    trivial = {k: 100 * v for k, v in trivial_baselines(valset).items()}
     return stages_table(dict(val=trivial | percent[0], train=percent[1]) | published)
 
 # %% ../nbs/22_report.ipynb #a46fa20e
 def cost(run) -> str:
-    "In words: the last evaluation on val, how well the tags are known, and what training and evaluation took."
+    """In words: the last evaluation on val, how well the tags are known, and what training and evaluation took. Without
+    masks only what training took."""
     _, config, _ = load_run(run)
     rows = read_metrics(run)
-    val = [r for r in rows if r["kind"] == "eval" and r["split"] == config.val_split][-1]
+    val = [r for r in rows if r["kind"] == "eval" and r["split"] == config.val_split]
     before, seconds = 0, 0.
     for row in rows:
         if row["kind"] != "train": continue
         seconds += (row["step"] - before) / row["iterations_per_second"]
         before = row["step"]
+    trained = f"{before} iterations in {seconds / 60:.1f} min ({before / seconds:.2f} iterations/s)"
+    if not val: return f"{trained}."
+    val = val[-1]
     return (f"{val['data']} ({val['images']} images of {val['split']}), seed {val['seed']}, {val['device']}: tag F1 "
-            f"{val['f1']:.3f}, most confident tag right in {val['tag_accuracy']:.1%};\n{before} iterations in "
-            f"{seconds / 60:.1f} min ({before / seconds:.2f} iterations/s), evaluation {val['seconds'] / 60:.1f} min, "
-            f"peak memory {val['peak_memory_mb']} MB.")
+            f"{val['f1']:.3f}, most confident tag right in {val['tag_accuracy']:.1%};\n{trained}, "
+            f"evaluation {val['seconds'] / 60:.1f} min, peak memory {val['peak_memory_mb']} MB.")
 
 # %% ../nbs/22_report.ipynb #b567c137
 def stage_pictures(

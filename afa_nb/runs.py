@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from . import data, sources
+from .checks import check_masks
 from .evaluation import LADDER, check_rungs, evaluate, evaluation_settings
-from .files import atomic_write
+from .files import atomic_write, shortlist
 from .model import AFANet, load_weights
 from .settings import RETIRED, SUPERVISION, Config, check, multiplies_bf16, open_data, open_split
 from .transforms import TrainTransform, sample_generator
@@ -146,6 +147,7 @@ def load_checkpoint(folder: Path, net, optimizer, accelerator) -> int:
 
 # %% ../nbs/14_runs.ipynb #2015db3d
 _MAY_DIFFER = {"run_dir", "num_workers", "log_every", "save_every", "eval_every", "eval_limit", "val_split", "masks"}
+_PLACES = {"data_root", "tags", "masks"}  # where the data lie
 
 def _read_settings(run_dir) -> dict:
     "The settings in a run's folder, or {}. Raises `ValueError` for a file that is damaged or of a later version."
@@ -164,15 +166,26 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     before = _read_settings(config.run_dir).get("precision")
     return replace(config, precision=before or ("bf16" if multiplies_bf16(device) else "fp32"))
 
-def open_run(config: Config, classes: list[str]) -> Path:
-    """Makes the run's folder, or checks that the run in it has the same classes and settings. Raises `ValueError`
-    naming those that differ. A run without a checkpoint has not begun."""
+def open_run(
+    config: Config,
+    classes: list[str],
+    dataset=None,  # what the run trains on; without it, other data cannot be told from data that have moved
+) -> Path:
+    """Makes the run's folder, or checks that the run in it has the same classes and settings and, where its data have
+    moved, the same data. Raises `ValueError` naming what differs. A run without a checkpoint has not begun."""
     run_dir, now = Path(config.run_dir), json.loads(json.dumps(asdict(config)))
     if any(run_dir.glob("checkpoints/step-*")) and (before := _read_settings(run_dir)):
         before = json.loads(json.dumps(asdict(Config(released_start=False)))) | before  # a setting younger than the run
         may_differ = _MAY_DIFFER - ({"masks"} if config.supervision == "mask" else set())
-        if different := [k for k, v in now.items() if k not in may_differ and before[k] != v]:
-            changes = "; ".join(f"{k} was {before[k]!r}, now {now[k]!r}" for k in different)
+        different = [k for k, v in now.items() if k not in may_differ and before[k] != v]
+        changes = "; ".join(f"{k} was {before[k]!r}, now {now[k]!r}" for k in different)
+        if dataset is not None and (run_dir / "data.json").exists() and different and set(different) <= _PLACES:
+            _compare_classes(run_dir, list(classes))
+            if others := _data_changes(run_dir, _data_facts(dataset)):
+                raise ValueError(f"{run_dir} holds a run on other data ({changes}): {'; '.join(others)}. "
+                                 "Choose another run_dir, or the same data to continue it.")
+            different = []  # the same data in another place
+        if different:
             raise ValueError(f"{run_dir} holds a run with other settings ({changes}). "
                              "Choose another run_dir, or the same settings to continue it.")
         _compare_classes(run_dir, list(classes))
@@ -192,15 +205,40 @@ def _compare_classes(run_dir, classes):
     raise ValueError(f"{run_dir} holds a run with other classes ({changes}). "
                      "Choose another run_dir, or the same data to continue it.")
 
+def _data_facts(dataset) -> dict:
+    "What tells the images that a run learns from apart from others, wherever they lie."
+    def digest(values): return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+    records = list(dataset.records)
+    some = records[::max(1, len(records) // 100)]
+    sizes = [os.path.getsize(path) for r in some for path in (r.image, r.mask) if path]
+    return dict(images=len(dataset), fingerprint=sources.fingerprint(dataset, masks=False),
+                names=digest([r.name for r in records]), files=digest(sizes), tags=dataset.counts())
+
+def _data_changes(run_dir, now) -> list[str]:
+    "In words, what differs between the images that the run began with and those of now. Older runs know less."
+    before = json.loads((run_dir / "data.json").read_text())
+    changed = {k for k, v in before.items() if now[k] != v}
+    if not changed: return []
+    words = []
+    if "images" in changed: words.append(f"{before['images']} images then, {now['images']} now")
+    elif "names" in changed: words.append("as many images, but with other names")
+    elif "fingerprint" in changed:
+        words.append("other tags on the same images" if "names" in before else "other names or tags")
+    counts = [f"{c} on {before['tags'].get(c, 0)} images then, on {n} now"
+              for c, n in now["tags"].items() if "tags" in changed and before["tags"].get(c, 0) != n]
+    if counts: words.append(shortlist(counts, 3))
+    if changed == {"files"}: words.append("the same names and tags, but files of other sizes")
+    return words
+
 def _compare_data(run_dir, trainset, say):
     "Says if a run continues with other images or tags than it began with."
-    path = run_dir / "data.json"
-    now = dict(images=len(trainset), fingerprint=sources.fingerprint(trainset, masks=False))
-    if not any(run_dir.glob("checkpoints/step-*")) or not path.exists():
+    path, now = run_dir / "data.json", _data_facts(trainset)
+    begun = path.exists() and any(run_dir.glob("checkpoints/step-*"))
+    if begun and (changes := _data_changes(run_dir, now)):
+        say(f"The training images have changed since this run began ({'; '.join(changes)}). "
+            "Choose another run_dir to learn from them from the start.")
+    elif not begun or now != json.loads(path.read_text()):
         with atomic_write(path) as file: file.write_text(json.dumps(now))
-    elif (before := json.loads(path.read_text())) != now:
-        say(f"The training images or their tags have changed since this run began ({before['images']} images then, "
-            f"{now['images']} now). Choose another run_dir to learn from them from the start.")
 
 # %% ../nbs/14_runs.ipynb #7c855dbe
 def read_metrics(run_dir) -> list[dict]:
@@ -383,7 +421,8 @@ _WHILE_TRAINING = "cam", "cam_par", "propagated_par", "seg"
 
 class Run:
     """A training run, as a context: `net`, `labels`, `optimizer` and `schedule` ready for the next step, in the run's
-    `folder`. Raises what `check` and `open_run` raise, and `RuntimeError` if another process trains the run."""
+    `folder`. Raises what `check`, `open_data` and `open_run` raise, `ValueError` for masks that were certainly numbered
+    in another order than the tags, and `RuntimeError` if another process trains the run."""
     def __init__(
         self,
         config: Config,
@@ -412,14 +451,15 @@ class Run:
         "Data, network and optimiser, then the lock, the folder, and everything as the newest checkpoint left it."
         self.config = c = self._set_up()
         trainset, self.valset = open_data(c)
-        for problem in data.problems(trainset): self.say(problem)
+        for problem in data.problems(trainset) + (check_masks(self.valset, strict=True) if self.valset else []):
+            self.say(problem)
         with self.accelerator.main_process_first():  # one process fetches the weights
             net = _shared_statistics(build(c, trainset.classes, self.verbose and self.main), self.accelerator)
         optimizer = self._optimizer(net, c)
         self._schedule(optimizer, c, 0)  # counts the optimiser's steps, which accelerate must not undo
         self.net, self.optimizer = self.accelerator.prepare(net, optimizer)
         stack.enter_context(_lock(Path(c.run_dir), self.main))  # no weights, no folder
-        with self.accelerator.main_process_first(): self.folder = open_run(c, trainset.classes)
+        with self.accelerator.main_process_first(): self.folder = open_run(c, trainset.classes, trainset)
         self.step = self._resume()
         self.stop = c.max_iters if self._until is None else min(self._until, c.max_iters)
         if self.main: _compare_data(self.folder, trainset, self.say)

@@ -15,6 +15,7 @@ from typing import get_args
 import torch
 
 from . import data, sources
+from .checks import check_masks, check_pictures
 from .encoder import variant_of
 from .par import PAR
 from .pseudo_labels import PseudoLabels
@@ -33,6 +34,7 @@ class Config:
     tags: str | None = None  # tagged images: the table of tags; VOC: the source of the labels, as in `data.voc`
     masks: str | None = None  # tagged images: a folder of masks for some of them, for the evaluation
     max_side: int | None = None  # pixels: longer images, and their masks, are reduced to this first
+    negatives: bool = False  # COCO: images without any instance take part. Elsewhere images without a tag always do
     # network
     backbone: str = "mit_b1"  # a row of `encoder.VARIANTS`
     weights: str = "auto"  # "auto": ImageNet weights from the hub; "none": random; else what `load_weights` takes
@@ -107,6 +109,21 @@ def _kinds(name): return get_args(_TYPES[name]) or (_TYPES[name],)
 
 _TYPES = {f.name: f.type for f in fields(Config)}
 
+# %% ../nbs/12_settings.ipynb #12-types
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list of numbers",
+          type(None): "none"}
+
+def _check_type(name, value):
+    "A bool is an int to Python, but not to us; a whole number may stand where a number is asked for."
+    kinds, numbers = _kinds(name), value if isinstance(value, tuple) else (value,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    fits = isinstance(value, accepted) and (bool in kinds or not isinstance(value, bool))
+    if isinstance(value, tuple):
+        fits = fits and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    if not fits: raise ValueError(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {value!r}")
+    if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+        raise ValueError(f"{name} must be finite, not {value!r}")
+
 # %% ../nbs/12_settings.ipynb #5d393953
 SUPERVISION = dict(
     afa="AFA: the CAM refined, later propagated along the learned affinity",
@@ -141,15 +158,17 @@ def preset(
     name: str,  # a row of `PRESETS`
     **changes,  # settings; None leaves a setting as it is
 ) -> Config:
-    "The settings of a preset with `changes`. Raises `ValueError` for an unknown preset or setting."
+    "The settings of a preset with `changes`. Raises `ValueError` for an unknown preset or setting, or a wrong type."
     if name not in PRESETS: raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     if unknown := sorted(set(changes) - set(_TYPES)):
         gone = " (gone, because it gained nothing)" if set(unknown) & RETIRED else ""
         raise ValueError(f"unknown setting {', '.join(unknown)}{gone}; the settings are the fields of settings.Config")
     config = replace(Config(), **PRESETS[name])
     changes = {k: v for k, v in changes.items() if v is not None}
+    changed = replace(config, **changes)
+    for k in changes: _check_type(k, getattr(changed, k))
     if "max_iters" in changes:  # the phases keep their share of a shorter or longer run
-        share = changes["max_iters"] / config.max_iters
+        share = changed.max_iters / config.max_iters
         phases = {k: round(share * getattr(config, k)) for k in ("cam_iters", "aff_iters", "warmup_iters")}
         changes = phases | changes
     return replace(config, **changes)
@@ -161,16 +180,23 @@ def configure(
     say=print,
     **changes,  # settings, as for `preset`
 ) -> Config:
-    "The settings for what is there. Without `run_dir` the run goes to `runs/`, named after data, encoder and seed."
+    """The settings for what is there. Without `run_dir` the run goes to `runs/`, named after data, encoder and seed.
+    Raises as `preset`, `sources.layout` and `check`."""
+    for name, value in dict(data_root=data_root, tags=changes.get("tags")).items():
+        _check_type(name, str(value) if isinstance(value, Path) else value)
     found = data_root or sources.find_voc_root()
     if found: say(f"Data: {found}" + ("." if data_root else ", found automatically."))
     else: say("Data: no data_root given and no VOC found, so this is the embedded demo data set, shapes.")
-    layout = sources.layout(found, changes.get("tags")) if found else None
+    given = changes.get("tags"), changes.get("masks")
+    layout = sources.layout(found, *given) if found else None
     if preset_name == "auto": preset_name = dict(voc="voc", coco="coco", tagged="own").get(layout, "demo")
     found = str(Path(found)) if found else None  # the same run with and without a slash at the end
+    if layout == "tagged" and sources.tag_splits(found, *given) and not changes.get("train_split"):
+        changes["train_split"] = "train"  # not all
     config = preset(preset_name, data_root=found, **changes)
     if layout == "tagged" and not changes.get("max_iters"):  # many images: as many passes as the paper makes over VOC
-        iterations = round(15 * len(sources.load(found, tags=config.tags)) / config.batch_size)
+        images = len(sources.load(found, config.train_split, False, *given))
+        iterations = round(15 * images / config.batch_size)
         if iterations > config.max_iters:
             config = preset(preset_name, data_root=found, **changes | dict(max_iters=iterations))
     if layout == "voc" and not changes.get("train_split"):
@@ -190,9 +216,6 @@ def _train_split(root, split, say):
     return "train"
 
 # %% ../nbs/12_settings.ipynb #a395b4a4
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list of numbers",
-          type(None): "none"}
-
 _RULES = [  # what must hold, and the words for it
     (lambda c: c.supervision in SUPERVISION,
      f"supervision must be one of {', '.join(SUPERVISION)}, not {{c.supervision!r}}"),
@@ -238,17 +261,6 @@ _RULES = [  # what must hold, and the words for it
     (lambda c: c.num_workers >= 0, "num_workers must not be negative, not {c.num_workers}"),
 ]
 
-def _check_type(name, value):
-    "A bool is an int to Python, but not to us; a whole number may stand where a number is asked for."
-    kinds, numbers = _kinds(name), value if isinstance(value, tuple) else (value,)
-    accepted = (*kinds, int) if float in kinds else kinds
-    fits = isinstance(value, accepted) and (bool in kinds or not isinstance(value, bool))
-    if isinstance(value, tuple):
-        fits = fits and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
-    if not fits: raise ValueError(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {value!r}")
-    if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-        raise ValueError(f"{name} must be finite, not {value!r}")
-
 def check(config: Config):
     "Raises `ValueError` naming the first setting that makes no sense, `FileNotFoundError` for missing weights."
     if not isinstance(config, Config): raise ValueError(f"config must be a settings.Config, not {config!r}")
@@ -263,13 +275,17 @@ def check(config: Config):
 
 # %% ../nbs/12_settings.ipynb #03e16988
 def open_data(config: Config) -> tuple:  # train, with masks for full supervision only; val, with masks
-    """The two data sets of a run. Tagged images all train, and those with a mask are val; val is None where there are
-    no masks. Raises `ValueError` if the two have different classes."""
+    """The two data sets of a run. Tagged images all train (where folders are splits, only train's), and those with a
+    mask are val; val is None where there are no masks. Raises `ValueError` if the two have different classes, and as
+    `checks.check_pictures` and `checks.check_masks`."""
     train = open_split(config, config.train_split, masks=config.supervision == "mask")
-    tagged = config.data_root is not None and sources.layout(config.data_root, config.tags) == "tagged"
+    tagged = config.data_root is not None and sources.layout(config.data_root, config.tags, config.masks) == "tagged"
     val = None if tagged and config.masks is None else open_split(config, config.val_split, masks=True)
     if val is not None and train.classes != val.classes:
         raise ValueError(f"{config.data_root}: {config.train_split} and {config.val_split} have different classes")
+    for dataset in (train, val) if val is not None else (train,):
+        check_pictures(dataset)
+        check_masks(dataset)
     return train, val
 
 def open_split(config: Config, split: str, masks: bool):
@@ -278,7 +294,7 @@ def open_split(config: Config, split: str, masks: bool):
     if not root.is_absolute() and not root.expanduser().exists():
         raise FileNotFoundError(f"{root}: no such folder in {Path.cwd()}, from where it is named; "
                                 f"{config.run_dir} was perhaps trained from another")
-    dataset = sources.load(root, split, masks, config.tags, config.masks)
+    dataset = sources.load(root, split, masks, config.tags, config.masks, config.negatives)
     dataset.max_side = config.max_side
     return dataset
 

@@ -7,6 +7,7 @@ __all__ = ['PRETRAINED', 'pretrained', 'convert_weights', 'read_state', 'find_we
 
 # %% ../nbs/a2_weights.ipynb #03-a2-weights
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,8 +35,10 @@ def pretrained(variant) -> str:  # a hub name such as "nvidia/mit-b1"
 _KINDS = {  # kind → the tensor to know it by
     "afa_nb checkpoint": "affinity_head.proj.weight",
     "released AFA checkpoint": "attn_proj.weight",
-    "SegFormer encoder": "patch_embed1.proj.weight",  # `mit_b0.pth` … `mit_b5.pth`
     "transformers SegFormer encoder": "encoder.patch_embeddings.0.proj.weight",  # "nvidia/mit-b1" on the hub
+    "transformers 5 SegFormer encoder": "stages.0.patch_embeddings.proj.weight",  # its networks' own names
+    "mmsegmentation SegFormer encoder": "layers.0.0.projection.weight",
+    "SegFormer encoder": "patch_embed1.proj.weight",  # `mit_b0.pth` … `mit_b5.pth`
     "PVT v2 encoder": "patch_embed.proj.weight",  # timm's, and our encoder alone
 }
 
@@ -53,10 +56,14 @@ _RENAME = [  # SegFormer's and the released AFA checkpoint's names → ours
     (r"^decoder\.linear_pred\.", "decoder.predict."),
     (r"^attn_proj\.", "affinity_head.proj."),
 ]
-_RENAME_HUB = [  # transformers' SegFormer → SegFormer
-    (r"^encoder\.patch_embeddings\.(\d)\.", lambda m: f"patch_embed{int(m[1]) + 1}."),
-    (r"^encoder\.block\.(\d)\.", lambda m: f"block{int(m[1]) + 1}."),
-    (r"^encoder\.layer_norm\.(\d)\.", lambda m: f"norm{int(m[1]) + 1}."),
+_number = lambda to: lambda m: to.format(int(m[1]) + 1)
+_RENAME_HUB = [  # transformers' SegFormer, in the names it is saved under and those it has, → SegFormer
+    (r"^encoder\.patch_embeddings\.(\d)\.", _number("patch_embed{}.")),
+    (r"^encoder\.block\.(\d)\.", _number("block{}.")),
+    (r"^encoder\.layer_norm\.(\d)\.", _number("norm{}.")),
+    (r"^stages\.(\d)\.patch_embeddings\.", _number("patch_embed{}.")),
+    (r"^stages\.(\d)\.blocks\.", _number("block{}.")),
+    (r"^stages\.(\d)\.layer_norm\.", _number("norm{}.")),
     (r"^(patch_embed\d)\.layer_norm\.", r"\1.norm."),
     (r"\.layer_norm_([12])\.", r".norm\1."),
     (r"\.attention\.self\.query\.", ".attn.q."),
@@ -64,8 +71,24 @@ _RENAME_HUB = [  # transformers' SegFormer → SegFormer
     (r"\.attention\.self\.layer_norm\.", ".attn.norm."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
-    (r"^classifier\.", "head."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.q_proj\.", ".attn.q."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.sequence_reduction\.sequence_reduction\.", ".attn.sr."),
+    (r"\.attention\.sequence_reduction\.layer_norm\.", ".attn.norm."),
 ]
+_RENAME_MMSEG = [  # mmsegmentation's SegFormer → SegFormer
+    (r"^layers\.(\d)\.0\.projection\.", _number("patch_embed{}.proj.")),
+    (r"^layers\.(\d)\.0\.norm\.", _number("patch_embed{}.norm.")),
+    (r"^layers\.(\d)\.1\.", _number("block{}.")),
+    (r"^layers\.(\d)\.2\.", _number("norm{}.")),
+    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.ffn\.layers\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.dwconv.dwconv."),
+    (r"\.ffn\.layers\.4\.", ".mlp.fc2."),
+]
+_WRAPPERS = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 # %% ../nbs/a2_weights.ipynb #14-a2-weights
 def _rename(state, table):
@@ -73,28 +96,68 @@ def _rename(state, table):
     return state
 
 def _join_key_value(state):
-    "transformers keeps the projections to K and V apart; everybody else has them in one matrix."
-    key, value = ".attention.self.key.", ".attention.self.value."
-    joined = {k.replace(key, ".attn.kv."): torch.cat([v, state[k.replace(key, value)]])
-              for k, v in state.items() if key in k}
-    return {k: v for k, v in state.items() if key not in k and value not in k} | joined
+    "transformers keeps the projections to K and V apart; SegFormer has them in one matrix."
+    for pair in (".attention.self.key.", ".attention.self.value."), (".attention.k_proj.", ".attention.v_proj."):
+        for k in [k for k in state if pair[0] in k and k.replace(*pair) in state]:
+            state[k.replace(pair[0], ".attn.kv.")] = torch.cat([state.pop(k), state.pop(k.replace(*pair))])
+    return state
+
+def _split_query(state):
+    "mmsegmentation has the projections to Q, K and V in one matrix, and the MLP's as convolutions of one pixel."
+    for k in [k for k in state if ".attn.attn.in_proj_" in k]:
+        query, *key_value = state.pop(k).chunk(3)
+        for name, v in (".attn.q.", query), (".attn.kv.", torch.cat(key_value)):
+            state[k.replace(".attn.attn.in_proj_", name)] = v
+    return {k: v.flatten(1) if re.search(r"\.ffn\.layers\.[04]\.weight$", k) else v for k, v in state.items()}
 
 # %% ../nbs/a2_weights.ipynb #15-a2-weights
 def convert_weights(state: dict,  # tensors by name, of any kind in the table
+                    own: dict = {},  # the network's tensors; with them, an error says which kind is the nearest
                     ) -> tuple[dict, str]:  # tensors by our names, and the kind
-    """Recognises a state dict by its names and renames it. What has no place in our network keeps its name. Raises
-    `ValueError` for an unknown kind."""
-    state = {k.removeprefix("module.").removeprefix("segformer."): v for k, v in state.items()}
-    kind = next((kind for kind, name in _KINDS.items() if name in state), None)
-    if kind is None:
-        raise ValueError(f"its tensors ({', '.join(list(state)[:3])}, …) "
-                         f"are of none of these kinds: {', '.join(_KINDS)}")
-    if kind.startswith("transformers"): state = _rename(_join_key_value(state), _RENAME_HUB)
-    if kind.endswith("encoder"):
-        state = {k if k.startswith(("head.", "decode_head.")) else f"encoder.{k}": v for k, v in state.items()}
-    return _rename(state, _RENAME), kind
+    """Recognises a state dict by its names and renames it. What has no place in our network is called `head.…` or keeps
+    its name. Raises `ValueError` for an unknown kind, and one that is there twice, as in a teacher and a student."""
+    state, twice = {re.sub(_WRAPPERS, "", k): v for k, v in state.items()}, ""
+    for kind, known in _KINDS.items():
+        prefixes = [k.removesuffix(known) for k in state if f".{k}".endswith(f".{known}")]
+        if len(prefixes) == 1: return _converted(state, kind, prefixes[0]), kind
+        if 1 < len(prefixes) < 4:
+            twice = twice or f"{kind} is there under {' and under '.join(prefixes)}: keep one of them"
+    names = ", ".join(list(state)[:3])
+    raise ValueError(twice or f"its tensors ({names}, …) are of no known kind. {_nearest(own, state)}")
+
+_HEADS = "head.", "decode_head.", "classifier."
+
+def _converted(state, kind, prefix):
+    "By our names, read as that kind under a prefix."
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    outside = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    if kind.endswith("encoder"): outside |= {k: inside.pop(k) for k in [*inside] if k.startswith(_HEADS)}
+    outside = {k if k.startswith(_HEADS[:2]) else f"head.{k}": v for k, v in outside.items()}
+    if kind.startswith("transformers"): inside = _rename(_join_key_value(inside), _RENAME_HUB)
+    if kind.startswith("mmsegmentation"): inside = _rename(_split_query(inside), _RENAME_MMSEG)
+    if kind.endswith("encoder"): inside = {f"encoder.{k}": v for k, v in inside.items()}
+    if not kind.startswith(("afa_nb", "PVT")): inside = _rename(inside, _RENAME)
+    return inside | outside
+
+def _nearest(own, state) -> str:
+    "Which known kind has most of its names in `state`, and what keeps it from being of that kind."
+    parts = [k.split(".") for k in state]
+    prefixes = Counter(".".join([*p[:n], ""]) for p in parts for n in range(1, 4))
+    common = ["", *(prefix for prefix, n in prefixes.items() if 3 * n > len(state))]
+    meta = {k: v.to("meta") for k, v in state.items()}
+    read = {(kind, prefix): _converted(meta, kind, prefix) for kind in reversed(_KINDS) for prefix in common}
+    (kind, _), names = max(read.items(), key=lambda item: len(own.keys() & item[1].keys()))
+    found = own.keys() & names.keys()
+    if not found: return f"Known are {', '.join(f'{kind} (with {name})' for kind, name in _KINDS.items())}"
+    wanted = [k for k in own if not kind.endswith("encoder") or k.startswith("encoder.")]
+    examples = ((next((k for k in wanted if k not in names), None), "is missing"),
+                (next((k for k in names if k not in own), None), "has no place"))
+    said = ", ".join(f"{k} {what}" for k, what in examples if k)
+    return f"The nearest kind is {kind}: {len(found)} of this network's {len(wanted)} tensors are there ({said})"
 
 # %% ../nbs/a2_weights.ipynb #19-a2-weights
+_WITHIN = "state_dict", "model", "model_state_dict", "params", "net", "weights"  # where a checkpoint keeps its tensors
+
 def read_state(path: Path) -> dict:
     """The tensors of a safetensors or torch file. Never unpickles code. Raises `ValueError` for a file that would need
     it, is damaged, or holds something else."""
@@ -108,8 +171,8 @@ def read_state(path: Path) -> dict:
                              "Save the state dict alone, best as safetensors.") from None
         raise ValueError(f"{path} cannot be read as weights ({type(e).__name__}): "
                          "it is incomplete, or something else under that name.") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
+    while isinstance(state, dict) and (inner := [state[k] for k in _WITHIN if isinstance(state.get(k), dict)]):
+        state = inner[0]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict: a dict of tensors by name.")
     return state
@@ -172,7 +235,7 @@ def load_weights(
     that is unreadable or of another architecture. Never unpickles code."""
     path, own = find_weights(pretrained(net.variant) if source == "auto" else source), net.state_dict()
     state = read_state(path)
-    try: state, kind = convert_weights(state)
+    try: state, kind = convert_weights(state, own)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     names, anew = Path(source).expanduser() / "classes.txt", ()
     if classes and names.is_file() and names.read_text("utf-8").splitlines() != list(classes):
@@ -186,8 +249,9 @@ def load_weights(
                          f"{net.num_classes}: make it with num_classes={n_there}.")
     if bad := _misfits({k: v for k, v in own.items() if not k.startswith(anew)}, state, kind):
         more = f"; and {len(bad) - 3} more" if bad[3:] else ""
-        raise ValueError(f"{path} ({kind}) is of another architecture than this network: {'; '.join(bad[:3])}{more}. "
-                         "Check variant and decoder_dim.")
+        fit = sum(k in state and state[k].shape == v.shape for k, v in own.items())
+        raise ValueError(f"{path} ({kind}) is of another architecture than this network: {'; '.join(bad[:3])}{more}; "
+                         f"{fit} tensors fit. Check variant and decoder_dim.")
     report = dict(kind=kind, file=str(path), loaded=[k for k in own if k in state],
                   missing=[k for k in own if k not in state], unused=[k for k in state if k not in own])
     net.load_state_dict({k: state[k] for k in report["loaded"]}, strict=False)

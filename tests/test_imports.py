@@ -16,7 +16,7 @@ def number_and_module(notebook):
     return notebook.stem.split("_")[0], module and module[1]
 
 
-ROOMS = {m: n for n, m in map(number_and_module, sorted((ROOT / "nbs").glob("[0-9a][0-9]_*.ipynb"))) if m}
+ROOMS = {m: n for n, m in map(number_and_module, sorted((ROOT / "nbs").glob("[0-9a][0-9]*_*.ipynb"))) if m}
 METHOD, USE, APPENDIX = ({m for m, n in ROOMS.items() if n[0] in first} for first in ("01", "2", "a"))
 MODULES = sorted(ROOMS)
 TOOLING = [

@@ -258,3 +258,15 @@ def test_onnx_of_the_papers_network(tmp_path):
     with torch.inference_mode():
         expected = predict._Segmentation(net)(x)
     np.testing.assert_allclose(session.run(["logits"], {"image": x.numpy()})[0], expected.numpy(), atol=1e-4)
+
+
+def test_the_last_line_counts_what_was_left_out_and_what_shows_nothing(photos, run, tmp_path, capsys):
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "DSC_3.NEF"):
+        (photos / name).write_bytes(b"not read here")
+    Image.fromarray(np.zeros((40, 50), np.uint16)).save(photos / "dark.png")
+    assert predict.main(command(photos, run, tmp_path / "out", "--quiet")[3:]) == 0
+    said = capsys.readouterr()
+    last = said.out.splitlines()[-1]
+    assert "out: 7 masks written, 0 existed already, 1 picture doubtful. Left out, because the format " in last
+    assert "1 NEF" in last and ("2 HEIC" in last or "HEIF" in Image.OPEN)
+    assert "  dark: " in said.err and "dark.png shows nothing but black" in said.err

@@ -4,6 +4,7 @@ A kill, a damaged checkpoint, scrambled masks, a NaN, bad input, two processes."
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from afa_nb import runs, training
+from afa_nb.affinity import affinity_labels
 from afa_nb.data import save_mask, voc
 from afa_nb.evaluation import LADDER, PROTOCOLS, evaluate, ladder_labels, predict
+from afa_nb.losses import classification_loss
 from afa_nb.model import AFANet
 from afa_nb.predict import Predictor
 from afa_nb.runs import NotFinite, evaluate_run, load_run, read_metrics
@@ -123,8 +126,6 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_used(root, whole, tmp
 
 def test_scrambled_masks_leave_training_bit_identical(root, whole, tmp_path):
     "Decision 17: the pixels of every training mask moved around, its set of classes kept."
-    import shutil
-
     scrambled = shutil.copytree(root, tmp_path / "shapes")
     rng = np.random.default_rng(0)
     for name in (scrambled / "ImageSets/Segmentation/train.txt").read_text().split():
@@ -139,8 +140,6 @@ def test_scrambled_masks_leave_training_bit_identical(root, whole, tmp_path):
 
 def test_other_tags_change_training(root, whole, tmp_path):
     "The control of the test above: the run does read the tags."
-    import shutil
-
     other = shutil.copytree(root, tmp_path / "shapes")
     (other / "tags.csv").write_text(
         "".join(
@@ -489,8 +488,6 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatc
 
 
 def bad_root(root, tmp_path, change):
-    import shutil
-
     copy = shutil.copytree(root, tmp_path / "shapes")
     change(copy)
     return copy
@@ -531,7 +528,7 @@ def no_tags(copy):
         (truncate_image, "train_00003.png: cannot be read"),
         (write_text, "train_00003.png: cannot be read"),
         (remove_split, "train.txt: no such split"),
-        (small_mask, "val_00001.png: the mask is 12×10"),
+        (small_mask, "val_00001.png is 12×10 pixels, but its image"),
         (wrong_value, "train_00003.png: holds the value 77"),
         (no_tags, "each needs tags.*the masks lack 1, the first is 'train_00003'"),
     ],
@@ -637,3 +634,147 @@ def test_micro_batches_make_one_step(root, tmp_path):
     rows = [r for r in read_metrics(train(config, verbose=False, ladder=())) if r["kind"] == "train"]
     assert [r["step"] for r in rows] == list(range(1, 13))
     assert [r["lr"] for r in rows] == [training.learning_rate(i, config.lr, 12, 2) for i in range(12)]
+
+
+# ---------------------------------------------------------------- data that moved
+
+
+def moved(root, tmp_path, change=None):
+    "A run that has begun, and its settings with the data in another place."
+    first = shutil.copytree(root, tmp_path / "here")
+    config = preset("demo", data_root=str(first), run_dir=str(tmp_path / "run"), **SHORT)
+    train(config, verbose=False, ladder=(), until=6)
+    there = tmp_path / "elsewhere" / "data"
+    there.parent.mkdir()
+    shutil.move(first, there)
+    if change:
+        change(there)
+    return replace(config, data_root=str(there))
+
+
+def test_a_run_whose_data_moved_continues(root, whole, tmp_path):
+    config = moved(root, tmp_path)
+    run = train(config, verbose=False)
+    assert same(weights(run), weights(whole)) and load_run(run)[1].data_root == config.data_root
+    assert evaluate_run(run, ladder=("seg",))["images"] == 2, "from its new place"
+
+
+def test_a_run_of_a_version_that_knew_less_continues_too(root, tmp_path):
+    config = moved(root, tmp_path)
+    path = tmp_path / "run/data.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({k: known[k] for k in ("images", "fingerprint")}))
+    train(config, verbose=False, ladder=())
+    assert json.loads(path.read_text()) == known
+
+
+def test_a_table_of_tags_may_move_as_well(root, tmp_path):
+    photos, names = tmp_path / "photos", [f"train_{i:05d}" for i in range(4)]
+    photos.mkdir()
+    for name in names:
+        shutil.copy(root / "JPEGImages" / f"{name}.png", photos)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tags.csv").write_text("".join(f"{n},{'cow' if n[-1] < '2' else 'car'}\n" for n in names))
+    settings = dict(data_root=str(photos), run_dir=str(tmp_path / "run"), train_split="all", val_split="masked")
+    config = preset("demo", tags=str(tmp_path / "a/tags.csv"), **settings, **SHORT)
+    train(config, verbose=False, until=3)
+    train(replace(config, tags=str(tmp_path / "b/tags.csv")), verbose=False, until=6)
+    (tmp_path / "a/tags.csv").write_text("".join(f"{n},{'cow' if n[-1] < '3' else 'car'}\n" for n in names))
+    with pytest.raises(ValueError, match="tags was .* other tags on the same images; car on 2 images then, on 1 now"):
+        train(config, verbose=False)
+
+
+def fewer(there):
+    path = there / "ImageSets/Segmentation/train.txt"
+    path.write_text("\n".join(path.read_text().split()[:7]))
+
+
+def renamed(there):
+    path = there / "ImageSets/Segmentation/train.txt"
+    path.write_text(path.read_text().replace("train_00003", "renamed"))
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (there / folder / "train_00003.png").rename(there / folder / "renamed.png")
+
+
+def reduced(there):
+    for path in (there / "JPEGImages").glob("train_*.png"):
+        Image.open(path).resize((32, 32)).save(path)
+
+
+def other_tags(there):
+    for i in range(16):
+        save_mask(np.full((64, 64), 1, np.uint8), there / f"SegmentationClass/train_{i:05d}.png")
+
+
+def other_classes(there):
+    path = there / "classes.txt"
+    path.write_text(path.read_text().replace("circle", "disc"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (fewer, r"on other data \(data_root was .*here', now .*data'\): 16 images then, 7 now"),
+        (renamed, "as many images, but with other names"),
+        (reduced, "the same names and tags, but files of other sizes"),
+        (other_tags, "other tags on the same images; .* images then, on"),
+        (other_classes, r"other classes \(added: disc; missing: circle\)"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_other_data_in_another_place_are_refused(root, tmp_path, change, words):
+    config = moved(root, tmp_path, change)
+    with pytest.raises(ValueError, match=words) as error:
+        train(config, verbose=False)
+    print(error.value)
+
+
+def test_other_settings_are_refused_although_the_data_only_moved(root, tmp_path):
+    with pytest.raises(ValueError, match="other settings .*data_root was .*lr was"):
+        train(replace(moved(root, tmp_path), lr=1e-5), verbose=False)
+
+
+# ---------------------------------------------------------------- images that show none of the classes
+
+
+def negatives_beside(tags):
+    "Labels (B,3) of which the last image shows none of the classes."
+    return torch.tensor([*tags, [0.0, 0, 0]])
+
+
+def test_labels_of_an_image_without_tags_are_background():
+    labels = preset("demo").pseudo_labels()
+    image, cam, affinity = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 8, 8), torch.rand(2, 64, 64)
+    tags = negatives_beside([[1.0, 0, 1]])
+    for label in (labels.refined(image, cam, tags), *labels.both(image, cam, affinity, tags)):
+        assert (label[1] == 0).all() and set(label[0].unique().tolist()) <= {0, 1, 3, 255}
+    alone = labels.refined(image[1:], cam[1:], tags[1:])
+    assert (alone == 0).all(), "also where no image of the batch has a tag"
+    box = torch.tensor([[0, 64, 0, 64], [8, 64, 0, 40]])
+    padded = labels.refined(image, cam, tags, box)[1]
+    assert (padded[8:, :40] == 0).all() and (padded[:8] == 255).all() and (padded[:, 40:] == 255).all()
+
+
+@pytest.mark.parametrize("supervision", ["afa", "par", "cam"])
+@pytest.mark.parametrize("tags", [[], [[1.0, 0, 1]]], ids=["alone", "beside a positive"])
+def test_losses_of_an_image_without_tags(supervision, tags):
+    torch.manual_seed(0)
+    tags = negatives_beside(tags)
+    config = preset("demo", supervision=supervision, crop_size=64, lambda_reg=1e-3)
+    net = AFANet(4, "mit_tiny", stride=8, decoder_dim=16)
+    box = torch.tensor([[0, 64, 0, 64]]).repeat(len(tags), 1)
+    batch = dict(image=torch.randn(len(tags), 3, 64, 64), class_labels=tags, box=box)
+    for step in (0, config.cam_iters, config.aff_iters):
+        total, losses = training.training_step(net, config.pseudo_labels(), batch, step, config)
+        net.zero_grad()
+        total.backward()
+        assert all(loss.isfinite() for loss in losses.values()) and losses["cls"] > 0
+        assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    cls = net(batch["image"][-1:], seg=False, affinity=False).cls
+    expected = torch.nn.functional.softplus(cls.double()).mean()  # every class is pushed down, none is left out
+    assert classification_loss(cls, tags[-1:]).item() == pytest.approx(expected.item(), rel=1e-5)
+    if supervision == "afa" and len(tags) == 1:
+        refined, target = training.step_labels(net, config.pseudo_labels(), batch, None, config.aff_iters, config)
+        pairs = affinity_labels(refined, 8, config.radius)
+        assert (target == 0).all() and set(pairs.unique().tolist()) == {1, 255}, "no pair differs"

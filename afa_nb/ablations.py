@@ -6,7 +6,7 @@
 __all__ = ['Job', 'Row', 'Ablation', 'ablation_config', 'classifier_only', 'network_of', 'first_phase', 'label_settings',
            'evenly', 'supervising_label', 'label_seconds', 'measure', 'Results', 'results_of', 'cells', 'jobs',
            'steps_left', 'phases_left', 'step_seconds', 'cost', 'measuring_seconds', 'trained', 'remembering', 'shown',
-           'run', 'summary', 'columns_of', 'mean_std', 'markdown_table', 'table', 'orders', 'plot', 'side_by_side',
+           'run', 'numbers', 'columns_of', 'mean_std', 'markdown_table', 'table', 'orders', 'plot', 'side_by_side',
            'sweep', 'plot_sweeps']
 
 # %% ../nbs/23_ablations.ipynb #02-18-ablations
@@ -454,7 +454,7 @@ def run(a: Ablation, say=print) -> list[dict]:  # the lines of the CSV
     return results.rows()
 
 # %% ../nbs/23_ablations.ipynb #35-18-ablations
-def summary(a: Ablation) -> dict:  # (row, column) → seed → the value shown, for the seeds that exist
+def numbers(a: Ablation) -> dict:  # (row, column) → seed → the value shown, for the seeds that exist
     "The table's numbers."
     known, found = {line["key"]: line["value"] for line in results_of(a).rows()}, {}
     for row, _, cell in cells(a):
@@ -478,7 +478,7 @@ def markdown_table(lines: list[list[str]], rule: str) -> str:  # `rule`: l or r 
 
 def table(a: Ablation) -> str:
     "Markdown: the rows, our columns, the paper's."
-    found, (ours, papers) = summary(a), columns_of(a)
+    found, (ours, papers) = numbers(a), columns_of(a)
     lines = [["", *ours, *(f"paper, {c}" for c in papers)]]
     for row in a.rows:
         here = [mean_std(found.get((row.name, c), {})) if c in row.columns else "" for c in ours]
@@ -489,7 +489,7 @@ def table(a: Ablation) -> str:
 # %% ../nbs/23_ablations.ipynb #38-18-ablations
 def orders(a: Ablation) -> str:
     "Markdown: for each column with published numbers, each step up in the paper and what it is here."
-    found, lines = summary(a), [["column", "lower → higher in the paper", "paper", "here", "in seeds", ""]]
+    found, lines = numbers(a), [["column", "lower → higher in the paper", "paper", "here", "in seeds", ""]]
     for column in columns_of(a)[1]:
         both = [row for row in a.rows if column in row.paper and (row.name, column) in found]
         ranked = sorted(both, key=lambda row: row.paper[column])
@@ -514,7 +514,7 @@ def _plain(ax, size=8):
 
 def plot(a: Ablation):  # a matplotlib figure
     "The table as a plot, without the columns of times."
-    found, (ours, papers) = summary(a), columns_of(a)
+    found, (ours, papers) = numbers(a), columns_of(a)
     timed = {c for row in a.rows for c, (_, what) in row.columns.items() if what.startswith("seconds:")}
     ours = [c for c in ours if c not in timed]
     fig = _Figure(figsize=(6.5, .6 + .32 * len(a.rows)), dpi=100, layout="constrained")
@@ -606,7 +606,7 @@ def _plot_sweep(ax, rows, found):
 
 def plot_sweeps(a: Ablation):  # a matplotlib figure
     "Each sweep as a small plot, mean and standard deviation over seeds; a grey line marks the usual value."
-    found, sweeps = summary(a), {}
+    found, sweeps = numbers(a), {}
     for row in a.rows:
         measured = any((row.name, column) in found for column in row.columns)
         if row.sweep and measured: sweeps.setdefault(row.sweep[0], []).append(row)

@@ -280,7 +280,8 @@ def _newest(run):
 
 # %% ../nbs/21_explorer.ipynb #15b-explorer
 @lru_cache(4)
-def _read(root, tags, masks, split, changed): return load(root, split, True if split == "masked" else None, tags, masks)
+def _read(root, tags, masks, split, negatives, changed):
+    return load(root, split, True if split == "masked" else None, tags, masks, negatives)
 
 class Pictures:
     """The pictures a run can be asked about. Raises `FileNotFoundError` for data that are not there, and `ValueError`
@@ -298,7 +299,7 @@ class Pictures:
         likely = config.val_split, "val", *(s for s in self.splits if s.startswith("val")), *self.splits[-1:]
         self.usual = next(s for s in likely if s in self.splits)
         self.split = split or self.usual
-        self.dataset = _read(self.root, self.tags, self.masks, self.split, self._changed())
+        self.dataset = _read(self.root, self.tags, self.masks, self.split, config.negatives, self._changed())
         self.numbers = {record.name: number for number, record in enumerate(self.dataset.records)}
         if self.dataset.classes != classes:
             raise ValueError(f"the data's classes ({', '.join(self.dataset.classes[1:4])}, …) are not the run's "

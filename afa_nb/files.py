@@ -172,7 +172,7 @@ def _voc_indices(path, mode, mask):
     colours, where = np.unique(packed, return_inverse=True)
     rgb = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in colours]
     if strange := [c for c in rgb if c not in _VOC_INDEX]:
-        kind = "colours blurred by JPEG or by scaling" if len(rgb) > 256 else f"{len(rgb)} colours"
+        kind = "colours blurred by JPEG or by scaling" if len(rgb) > 256 else "other colours"
         raise ValueError(f"{path}: want class indices or VOC's colours, but this image is {mode} and holds {kind}, for "
                          f"example {strange[0]}. {remedy}")
     return np.array([_VOC_INDEX[c] for c in rgb], np.uint8)[where].reshape(mask.shape[:2])

@@ -6,7 +6,7 @@
 __all__ = ['SYSTEMS', 'PUBLISHED', 'published', 'comparison', 'share_of_full']
 
 # %% ../nbs/24_published.ipynb #03-24-published
-from .ablations import Ablation, markdown_table, mean_std, summary
+from .ablations import Ablation, markdown_table, mean_std, numbers
 
 # %% ../nbs/24_published.ipynb #50-18-ablations
 SYSTEMS = {  # name → settings of `Config`
@@ -77,7 +77,7 @@ def comparison(
 ) -> str:
     "Markdown: the published numbers, and ours beside the systems that were run here."
     names = ("method", "sup.", "backbone", "VOC val", "VOC test", "COCO val")
-    found = summary(a)
+    found = numbers(a)
     lines = [["", *names, *(f"{measured} val, {c}" for c in columns), "source of the published numbers"]]
     for row in published():
         ours = [mean_std(found.get((row["ours"], c), {})) if row["ours"] else "" for c in columns]
@@ -87,7 +87,7 @@ def comparison(
 def share_of_full(a: Ablation, column: str = "+ CRF", full_column: str = "multi-scale") -> str:
     """In words: how much of its fully supervised counterpart each weak system reaches, seed by seed.
     In the paper AFA reaches 66.0 of 78.7, 83.8 %."""
-    found, (strong, *weak) = summary(a), SYSTEMS
+    found, (strong, *weak) = numbers(a), SYSTEMS
     full = found.get((strong, full_column))
     if not full: return "The fully supervised network was not run here."
     said = []

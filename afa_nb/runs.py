@@ -419,6 +419,13 @@ class _Display:
 # %% ../nbs/14_runs.ipynb #03da5d0e
 _WHILE_TRAINING = "cam", "cam_par", "propagated_par", "seg"
 
+def _problems(trainset, valset, val_split) -> list[str]:
+    "Sentences about both data sets. Raises `ValueError` for masks that were certainly numbered in another order."
+    found = data.problems(trainset)
+    if valset is None: return found
+    found += [f"{val_split}: {note}" for note in valset.notes if note not in found]
+    return found + check_masks(valset, strict=True)
+
 class Run:
     """A training run, as a context: `net`, `labels`, `optimizer` and `schedule` ready for the next step, in the run's
     `folder`. Raises what `check`, `open_data` and `open_run` raise, `ValueError` for masks that were certainly numbered
@@ -451,8 +458,7 @@ class Run:
         "Data, network and optimiser, then the lock, the folder, and everything as the newest checkpoint left it."
         self.config = c = self._set_up()
         trainset, self.valset = open_data(c)
-        for problem in data.problems(trainset) + (check_masks(self.valset, strict=True) if self.valset else []):
-            self.say(problem)
+        for problem in _problems(trainset, self.valset, c.val_split): self.say(problem)
         with self.accelerator.main_process_first():  # one process fetches the weights
             net = _shared_statistics(build(c, trainset.classes, self.verbose and self.main), self.accelerator)
         optimizer = self._optimizer(net, c)

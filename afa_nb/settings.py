@@ -277,25 +277,25 @@ def check(config: Config):
 def open_data(config: Config) -> tuple:  # train, with masks for full supervision only; val, with masks
     """The two data sets of a run. Tagged images all train (where folders are splits, only train's), and those with a
     mask are val; val is None where there are no masks. Raises `ValueError` if the two have different classes, and as
-    `checks.check_pictures` and `checks.check_masks`."""
+    `open_split`."""
     train = open_split(config, config.train_split, masks=config.supervision == "mask")
     tagged = config.data_root is not None and sources.layout(config.data_root, config.tags, config.masks) == "tagged"
     val = None if tagged and config.masks is None else open_split(config, config.val_split, masks=True)
     if val is not None and train.classes != val.classes:
         raise ValueError(f"{config.data_root}: {config.train_split} and {config.val_split} have different classes")
-    for dataset in (train, val) if val is not None else (train,):
-        check_pictures(dataset)
-        check_masks(dataset)
     return train, val
 
 def open_split(config: Config, split: str, masks: bool):
-    "One split of a run's data, with masks or without. Raises `FileNotFoundError` for a folder that is not there."
+    """One split of a run's data, with masks or without, looked at. Raises `FileNotFoundError` for a folder that is not
+    there, and as `checks.check_pictures` and `checks.check_masks`."""
     root = shapes_root() if config.data_root is None else Path(config.data_root)
     if not root.is_absolute() and not root.expanduser().exists():
         raise FileNotFoundError(f"{root}: no such folder in {Path.cwd()}, from where it is named; "
                                 f"{config.run_dir} was perhaps trained from another")
     dataset = sources.load(root, split, masks, config.tags, config.masks, config.negatives)
     dataset.max_side = config.max_side
+    check_pictures(dataset)
+    check_masks(dataset)
     return dataset
 
 # %% ../nbs/12_settings.ipynb #b3ca3f6e

@@ -83,7 +83,7 @@ def refine(kernel: torch.Tensor,  # κ (B,48,H,W), float32
            maps: torch.Tensor,  # M_0 (B,C,h,w), float32; resized to H×W
            offsets,  # 48 pairs (dy,dx)
            num_iter: int) -> torch.Tensor:  # M_t (B,C,H,W)
-    """Eq. 10, `num_iter` times, as `par.refine`. Takes the memory of three sets of maps. Raises `ValueError` for
+    """Eq. 10, `num_iter` times, as `sums.refine`. Takes the memory of three sets of maps. Raises `ValueError` for
     pictures of many millions of pixels."""
     (B, C), (H, W), offsets, (tile_h, tile_w) = maps.shape[:2], kernel.shape[-2:], tuple(offsets), (16, 64)
     _check_size(H, W, len(offsets), C)
@@ -238,7 +238,7 @@ def _filter(
 def bilateral_filter(features: torch.Tensor,  # f (B,5,pixels)
                      values: torch.Tensor,  # P (B,C,pixels)
                     ) -> torch.Tensor:  # G P (B,C,pixels), float32
-    "As `losses.bilateral_filter`, with time O(pixels²) and memory O(pixels)."
+    "As `sums.bilateral_filter`, with time O(pixels²) and memory O(pixels)."
     if values.shape[1] > 32: return torch.cat([bilateral_filter(features, part) for part in values.split(32, 1)], 1)
     (B, C, pixels), rows, step, width = values.shape, 64, 64, -(-2 * values.shape[1] // 8) * 8
     pad = -pixels % rows  # pixels that are all zero: they add nothing

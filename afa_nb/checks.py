@@ -79,7 +79,7 @@ def _contradictions(held, labels, masks, classes, of) -> tuple[str, bool]: # the
             f"{masks[first]}: it holds {has}, and the tags are {tags or 'none'}.")
     order = fitting_order(held, labels)
     left = (held & ~labels[:, order]).any(1).sum()
-    if 10*left > wrong.sum(): return said + " Correct the tags, or the masks.", False
+    if wrong.sum() < 3 or 10*left > wrong.sum(): return said + " Correct the tags, or the masks.", False
     names = ", ".join([classes[0], *(classes[k + 1] for k in order)])
     said += (f" {left or 'None'} would if the classes were numbered in this order: {names}. If the masks are, write "
              "the names in this order into classes.txt in the data folder, one a line.")

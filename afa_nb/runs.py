@@ -416,9 +416,65 @@ class _Display:
 
     def flush(self): pass
 
-# %% ../nbs/14_runs.ipynb #03da5d0e
+# %% ../nbs/14_runs.ipynb #b60bbfe1
 _WHILE_TRAINING = "cam", "cam_par", "propagated_par", "seg"
 
+class _Validation:
+    "A run's evaluations on val (None: there is none). The weights that segmented it best so far stay in `best/`."
+    def __init__(self, config, valset, net, metrics, folder, accelerator):
+        self.config, self.valset, self.net, self.metrics = config, valset, net, metrics
+        self.folder, self.accelerator = folder, accelerator
+
+    def due(self, step) -> bool:
+        "Between the first step and the last."
+        c = self.config
+        return self.valset is not None and 0 < step < c.max_iters and step % c.eval_every == 0
+
+    def catch_up(self, step):
+        "The evaluation that a run missed which was stopped between checkpoint and evaluation."
+        if self.due(step) and all(r["step"] != step for r in self._rows()): self.measure(step)
+
+    def measure(self, step): self._keep(self._evaluated(step, _WHILE_TRAINING, self.config.eval_limit))
+
+    def finish(self, step, ladder):
+        """After the last step, once: all of val on every rung of the ladder. What was measured on a part of val is
+        compared on that part."""
+        if self.valset is None: return self._note_no_masks(step)
+        c, rows, fingerprint = self.config, self._rows(), sources.fingerprint(self.valset)
+        if not ladder or any(r["final"] and _measured_on(r, fingerprint) for r in rows): return
+        if not rows or c.eval_limit is None or c.eval_limit >= len(self.valset):
+            with_seg = ladder if "seg" in ladder else (*ladder, "seg")
+            return self._keep(self._evaluated(step, with_seg, None, final=True))
+        if rows[-1]["step"] < step: self.measure(step)
+        self.metrics.add(**self._evaluated(step, ladder, None, final=True))
+
+    def _rows(self): return self.metrics.evaluations(self.config.val_split)
+
+    def _evaluated(self, step, ladder, limit, final=False) -> dict:
+        return _row(self.net, self.valset, self.config, ladder, limit, self.accelerator,
+                    step=step, split=self.config.val_split, final=final)
+
+    def _keep(self, row):
+        "One more row; its weights, too, if they are the best on the same images."
+        earlier = [r for r in self._rows() if "seg" in r]
+        same = [r for r in earlier if _measured_on(r, row["fingerprint"])]
+        before = [r["seg"] for r in same if r["images"] == row["images"]]
+        changed = not before and len(same) < len(earlier)  # another val: nothing says that these weights are better
+        if not changed and row["seg"] > max(before, default=-1): self._save_best(row["step"], miou=row["seg"])
+        self.metrics.add(**row)  # after the weights: where the row is, they are
+
+    def _note_no_masks(self, step):
+        if any(r["kind"] == "note" for r in self.metrics.rows): return
+        self._save_best(step)
+        self.metrics.add(kind="note", step=step, final=True,
+                         text="No image has a mask, so nothing was measured. best/ holds the last weights.")
+
+    def _save_best(self, step, **notes):
+        if not self.accelerator.is_main_process: return
+        path = self.folder / "best" / "model.safetensors"
+        save_weights(self.accelerator.unwrap_model(self.net), path, step=step, **notes)
+
+# %% ../nbs/14_runs.ipynb #03da5d0e
 def _problems(trainset, valset, val_split) -> list[str]:
     "Sentences about both data sets. Raises `ValueError` for masks that were certainly numbered in another order."
     found = data.problems(trainset)
@@ -457,8 +513,8 @@ class Run:
     def _begin(self, stack):
         "Data, network and optimiser, then the lock, the folder, and everything as the newest checkpoint left it."
         self.config = c = self._set_up()
-        trainset, self.valset = open_data(c)
-        for problem in _problems(trainset, self.valset, c.val_split): self.say(problem)
+        trainset, valset = open_data(c)
+        for problem in _problems(trainset, valset, c.val_split): self.say(problem)
         with self.accelerator.main_process_first():  # one process fetches the weights
             net = _shared_statistics(build(c, trainset.classes, self.verbose and self.main), self.accelerator)
         optimizer = self._optimizer(net, c)
@@ -472,6 +528,7 @@ class Run:
         self.schedule = self._schedule(optimizer, c, self.step)
         self.labels, self.losses, self.trainset = c.pseudo_labels(), _Losses(), trainset
         self.metrics, self._idle = Metrics(self.folder, self.step, self.main), _idle_parameters(self.net, c)
+        self.validation = _Validation(c, valset, self.net, self.metrics, self.folder, self.accelerator)
         self._curves, self._line, self.began = _Display(), _Display(), self.step
 
     def _set_up(self):
@@ -518,7 +575,7 @@ class Run:
         if c.cam_iters >= c.max_iters and c.supervision != "mask":
             self.say(f"cam_iters {c.cam_iters} is not below max_iters {c.max_iters}: only the classifier learns.")
         loader = iter(self._loader()) if self.step < self.stop else None
-        self._catch_up()
+        self.validation.catch_up(self.step)
         with contextlib.ExitStack() as waiting:
             self._exit.push(waiting)  # however the loop ends
             alone = self.accelerator.num_processes == 1
@@ -558,9 +615,9 @@ class Run:
             with self.losses.paused(): self._save()
         if self.interrupted():
             raise KeyboardInterrupt(f"{self.folder} is saved at step {self.step}; the same call continues it")
-        if self._evaluation_due() and self.valset is not None:
+        if self.validation.due(self.step):
             self.losses.check(self.folder)
-            with self.losses.paused(): self._measure(_WHILE_TRAINING, c.eval_limit)
+            with self.losses.paused(): self.validation.measure(self.step)
             self._draw()
         self.bar.update()
 
@@ -578,33 +635,6 @@ class Run:
         seen.reset()
         self.bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()} | dict(lr=f"{self.rate:.1e}"), refresh=False)
 
-    def _evaluation_due(self): return 0 < self.step < self.config.max_iters and self.step % self.config.eval_every == 0
-
-    def _catch_up(self):
-        "The evaluation that a run missed which was stopped between checkpoint and evaluation."
-        measured = any(r["step"] == self.step for r in self.metrics.evaluations(self.config.val_split))
-        if self.valset is not None and self._evaluation_due() and not measured:
-            self._measure(_WHILE_TRAINING, self.config.eval_limit)
-
-    def _measure(self, ladder, limit, final=False):
-        "One more evaluation on val; the weights that segmented the same images best so far stay in `best/`."
-        c = self.config
-        row = self._evaluation(ladder, limit, final)
-        earlier = [r for r in self.metrics.evaluations(c.val_split) if "seg" in r]
-        same = [r for r in earlier if _measured_on(r, row["fingerprint"])]
-        before = [r["seg"] for r in same if r["images"] == row["images"]]
-        changed = not before and len(same) < len(earlier)  # another val: nothing says that these weights are better
-        if self.main and not changed and row["seg"] > max(before, default=-1): self._save_best(miou=row["seg"])
-        self.metrics.add(**row)  # after the weights: where the row is, they are
-
-    def _evaluation(self, ladder, limit, final):
-        return _row(self.net, self.valset, self.config, ladder, limit, self.accelerator,
-                    step=self.step, split=self.config.val_split, final=final)
-
-    def _save_best(self, **notes):
-        path = self.folder / "best" / "model.safetensors"
-        save_weights(self.accelerator.unwrap_model(self.net), path, step=self.step, **notes)
-
     def _draw(self):
         if not (self.live and self.main): return
         from afa_nb.figures import curves
@@ -612,28 +642,9 @@ class Run:
 
     def finish(self) -> Path:
         "After the last step, once: the evaluation on all of val. Gives the run's folder."
-        if self.stop == self.config.max_iters:
-            if self.valset is None: self._note_no_masks()
-            elif self.ladder: self._measure_all()
+        if self.stop == self.config.max_iters: self.validation.finish(self.step, self.ladder)
         self._draw()
         return self.folder
-
-    def _note_no_masks(self):
-        if not self.main or any(r["kind"] == "note" for r in self.metrics.rows): return
-        self._save_best()
-        self.metrics.add(kind="note", step=self.step, final=True,
-                         text="No image has a mask, so nothing was measured. best/ holds the last weights.")
-
-    def _measure_all(self):
-        "What was measured on a part of val is compared on that part, and the end is measured on all of it."
-        c, fingerprint = self.config, sources.fingerprint(self.valset)
-        rows = self.metrics.evaluations(c.val_split)
-        if any(r["final"] and _measured_on(r, fingerprint) for r in rows): return
-        if not rows or c.eval_limit is None or c.eval_limit >= len(self.valset):
-            self._measure(self.ladder if "seg" in self.ladder else (*self.ladder, "seg"), None, final=True)
-            return
-        if rows[-1]["step"] < self.step: self._measure(_WHILE_TRAINING, c.eval_limit)
-        self.metrics.add(**self._evaluation(self.ladder, None, final=True))
 
 # %% ../nbs/14_runs.ipynb #10fbdc3b
 def load_run(

@@ -409,7 +409,7 @@ def test_other_images_are_said_and_other_masks_measured(tmp_path, capsys):
 def test_weights_come_before_the_row_that_says_how_good_they_are(root, tmp_path, monkeypatch):
     config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT)
     with monkeypatch.context() as patched:
-        patched.setattr(runs.Run, "_save_best", lambda *a, **k: 1 / 0)  # a full disk
+        patched.setattr(runs._Validation, "_save_best", lambda *a, **k: 1 / 0)  # a full disk
         with pytest.raises(ZeroDivisionError):
             train(config, verbose=False, ladder=("seg",))
     assert not any(r["kind"] == "eval" for r in read_metrics(tmp_path / "run"))
@@ -448,7 +448,7 @@ def test_nothing_of_the_caller_is_changed(root, whole):
 def test_an_evaluation_that_was_missed_is_made_up_for(root, tmp_path, monkeypatch):
     config = preset("demo", data_root=str(root), run_dir=str(tmp_path / "run"), **SHORT | dict(eval_every=3))
     with monkeypatch.context() as patched:
-        patched.setattr(runs.Run, "_measure", lambda *a, **k: 1 / 0)
+        patched.setattr(runs._Validation, "measure", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config, verbose=False)
     steps = [r["step"] for r in read_metrics(train(config, verbose=False, ladder=("seg",))) if r["kind"] == "eval"]

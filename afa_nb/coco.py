@@ -24,6 +24,18 @@ from .files import atomic_folder, cache_dir, cache_key, check_inside, spelling, 
 from .files import sizes as sizes_of
 
 # %% ../nbs/a1_coco.ipynb #06-a1_coco
+def _pixels(counts:bytes) -> int:
+    "How many pixels compressed run lengths fill: 5 bits a byte; from the third on relative to the last but one."
+    runs, number, shift = [], 0, 0
+    for byte in counts:
+        number |= (byte - 48 & 31) << shift
+        shift += 5
+        if byte - 48 & 32: continue
+        if byte - 48 & 16: number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return sum(runs)
+
 def run_lengths(segmentation, height:int, width:int) -> dict:
     "A COCO segmentation (polygons, run lengths) as compressed run lengths. `ValueError` if it is none of that size."
     try:
@@ -34,7 +46,10 @@ def run_lengths(segmentation, height:int, width:int) -> dict:
             segmentation = coco_mask.frPyObjects(segmentation, height, width)
         runs, size = segmentation["counts"], list(segmentation["size"])
         if size != [height, width]: raise ValueError(f"its size is {size}")
-        return dict(size=size, counts=runs.encode() if isinstance(runs, str) else runs)
+        if isinstance(runs, str):
+            runs = runs.encode()
+            if _pixels(runs) != height*width: raise ValueError("its runs do not fill the image")
+        return dict(size=size, counts=runs)
     except Exception as e:
         raise ValueError(f"not a segmentation of an image of {width}×{height} ({type(e).__name__}: {e})") from e
 
@@ -47,11 +62,8 @@ def draw_instances(
     "Class indices of an image: 0 where nothing is, 255 in a crowd. `ValueError` as `run_lengths`."
     mask = np.zeros((height, width), np.uint8)
     for label, crowd, segmentation in sorted(reversed(instances), key=lambda instance: not instance[1]): # crowds lowest
-        runs = run_lengths(segmentation, height, width)
-        drawn = coco_mask.decode(runs)
-        if drawn.sum(dtype=int) != coco_mask.area(runs): # pixels that the runs leave out are not even 0
-            raise ValueError(f"not a segmentation of an image of {width}×{height} (its runs do not fill the image)")
-        mask[drawn > 0] = IGNORE_INDEX if crowd else label
+        drawn = coco_mask.decode(run_lengths(segmentation, height, width)) > 0
+        mask[drawn] = IGNORE_INDEX if crowd else label
     return mask
 
 # %% ../nbs/a1_coco.ipynb #12-a1_coco
@@ -78,6 +90,7 @@ def _entries(path, key, **fields): # field → what makes its value of what the 
     n, entry, field = -1, None, None
     try:
         with open(path, "rb") as f:
+            if f.read(3) != b"\xef\xbb\xbf": f.seek(0) # else Windows' mark of UTF-8
             for n, entry in enumerate(ijson.items(f, f"{key}.item", use_float=True)):
                 for field, read in fields.items(): entry[field] = read(entry.get(field))
                 yield entry
@@ -142,7 +155,7 @@ def _categories(path, images) -> tuple[dict, list[str]]: # category → label; t
     classes = check_classes(["background", *(names[category] for category in own)], path)
     return dict.fromkeys(background, 0) | {category: label for label, category in enumerate(own, 1)}, classes
 
-_ODD = "no outline", "first", "thin" # instances without outline, entry of the first of them, outlines of < 3 points
+_ODD = "no outline", "first", "thin", "empty" # without outline, entry of the first, < 3 points, no pixel inside
 
 def _instances(path, images, label_of, runs_file, odd):
     "The rows of the array `instances`, in the order of the file; writes their run lengths, and counts what is odd."
@@ -158,7 +171,9 @@ def _instances(path, images, label_of, runs_file, odd):
         runs, (size, file) = b"", images[row]
         try:
             outline, thin = _outline(entry.get("segmentation")) if label else (None, 0)
-            if outline: runs = run_lengths(outline, *size)["counts"]
+            if outline: runs = run_lengths(outline, *size)
+            if runs and not coco_mask.area(runs): runs, odd["empty"] = b"", odd["empty"] + 1
+            if runs: runs = runs["counts"]
         except (TypeError, ValueError) as e:
             why = "not a segmentation: coordinates are numbers" if isinstance(e, TypeError) else e
             raise ValueError(f"{path}, entry {n} of annotations, {without_extension(file)}: {why}") from e
@@ -188,7 +203,7 @@ class _Index:
     ARRAYS = "size", "file", "tags", "instances", "first", "classes", "odd"
 
     def __init__(self, path):
-        self.path, self.folder = Path(path), cache_dir()/"coco"/cache_key([path], "3")
+        self.path, self.folder = Path(path), cache_dir()/"coco"/cache_key([path], "4")
         if self._map(): return
         try:
             with atomic_folder(self.folder) as new: _write_index(path, new)
@@ -217,18 +232,22 @@ class _Index:
 
     def notes(self) -> list[str]:
         "Sentences about instances that have no outline."
-        no_outline, _, thin = self.odd.tolist()
+        no_outline, _, thin, empty = self.odd.tolist()
         notes = []
         if no_outline:
             notes.append(f"Without segmentation: {no_outline} of {len(self.instances)} instances. They give tags, "
                          "which is enough to train, but no masks.")
         if thin: notes.append(f"Not drawn, because they enclose nothing: {thin} polygons of fewer than three points.")
+        if empty: notes.append(f"Not drawn, because no pixel of the image lies inside: {empty} instances.")
         return notes
 
     def why_no_masks(self) -> str: # "" if masks can be drawn
-        no_outline, first, thin = self.odd.tolist()
+        no_outline, first, thin, empty = self.odd.tolist()
         drawn = self.instances["size"][self.instances["label"] > 0]
-        if not no_outline and (drawn.any() or not thin): return ""
+        if not no_outline and (drawn.any() or not thin + empty): return ""
+        if empty == len(drawn):
+            return (f"{self.path}: no segmentation covers a pixel of its image: coordinates are in pixels, from the "
+                    "upper left corner")
         what = f"no segmentation (the first is entry {first}): a box does" if no_outline else \
             "no segmentation of three points or more: two points do"
         return (f"{self.path}: {no_outline or len(drawn)} of its {len(self.instances)} annotations have {what} not say "
@@ -264,6 +283,10 @@ class CocoImages(TaggedImages):
     def with_masks(self):
         if self.has_masks: return self
         return TaggedImages([], self.class_labels[:0], self.classes, self.tags_from, self.notes)
+
+    def drawn(self, i):
+        height, width = self.index.size[self.records.rows[i]].tolist()
+        return f"{self.index.path}: the mask of {self.records[i].name}", (width, height)
 
     def read_mask(self, i):
         if not self.has_masks: return None

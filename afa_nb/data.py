@@ -35,6 +35,7 @@ from afa_nb.files import (
     read_image,
     read_lines,
     read_mask,
+    read_text,
     shortlist,
     size_differs,
     spelling,
@@ -149,6 +150,9 @@ class TaggedImages(torch.utils.data.Dataset):
         path = self.records[i].mask
         return None if path is None else read_mask(path, len(self.classes))
 
+    def drawn(self, i:int) -> tuple|None: # its name for messages, and (width, height)
+        "The mask of image i where it is no file but drawn when asked for. None: all are files."
+
     @property
     def has_masks(self) -> bool: return all(r.mask is not None for r in self.records)
 
@@ -234,7 +238,7 @@ def read_list(folder, split) -> list[Listed]:
                 "sources.prepare_sbd makes its masks, and they give the list. A folder SegmentationClassAug from "
                 "elsewhere will also do") if split.endswith("aug") else ""
         raise FileNotFoundError(f"{path}: no such split; there is: {there}{hint}")
-    text = path.read_text("utf-8-sig").splitlines()
+    text = read_text(path).splitlines()
     lines = [_line(line.strip(), f"{path}, line {n}") for n, line in enumerate(text, 1) if line.strip()]
     if not lines: raise ValueError(f"{path}: the list is empty")
     name, n = Counter(line.name for line in lines).most_common(1)[0]

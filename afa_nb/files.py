@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_image', 'oddity', 'sizes', 'size_differs', 'read_mask', 'mask_values', 'voc_palette', 'atomic_write',
-           'atomic_folder', 'save_mask', 'save_soft_label', 'load_soft_label', 'read_lines', 'check_inside',
-           'without_extension', 'spelling', 'match_names', 'shortlist', 'image_extensions', 'find_files',
-           'images_below', 'unreadable_below', 'cache_dir', 'sha256', 'cache_key', 'cached']
+           'atomic_folder', 'save_mask', 'save_soft_label', 'load_soft_label', 'read_lines', 'read_text',
+           'check_inside', 'without_extension', 'spelling', 'match_names', 'shortlist', 'image_extensions',
+           'find_files', 'images_below', 'unreadable_below', 'cache_dir', 'sha256', 'cache_key', 'cached']
 
 # %% ../nbs/a9_files.ipynb #03-a9_files
 import hashlib
@@ -70,6 +70,7 @@ def _to_rgb(im):
         if lost := int((~known).sum()):
             odd["oddity"] = f"holds {lost} values that are no numbers or infinite; they are taken for black and white"
         im = Image.fromarray(_to_8_bits(values, known, im.mode == "F"))
+        odd.setdefault("oddity", _outliers(values[known], np.asarray(im)))
     if im.has_transparency_data: # on white, as in a viewer
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -86,6 +87,13 @@ def _to_8_bits(values, known, is_float) -> np.ndarray: # uint8
     values = np.where(known, values, np.where(values > 0, white, black))
     grey = ((values - black)*255/(white - black)).astype(np.float32) # rounds off the error of a division
     return grey.clip(0, 255).astype(np.uint8)
+
+def _outliers(values, grey) -> str:
+    "What to say about values so far from all others that these become one grey."
+    if np.ptp(grey) < 32 or np.ptp(np.percentile(grey, [2, 98])) >= 32: return ""
+    low, high = np.percentile(values, [2, 98])
+    return (f"shows hardly more than one grey: its values are {values.min():g} to {values.max():g}, but nearly all are "
+            f"{low:g} to {high:g}. Remove the few others, which may mean that nothing was measured there")
 
 def oddity(picture) -> str: # what `read_image` gave; "" for nothing odd
     "What is odd about a picture that can be read: it shows nothing, or holds values that are no numbers."
@@ -136,6 +144,8 @@ def _mask_and_values(path, num_classes):
     except Exception as e:
         raise OSError(f"{path}: cannot be read as a mask ({type(e).__name__})") from e
     if kind == "JPEG": raise ValueError(f"{path}: is a JPEG, which changes the class indices. Save masks as PNG")
+    if mask.dtype == bool: mask = mask.astype(np.uint8)
+    if mask.dtype.kind == "f": raise ValueError(f"{path}: holds fractions. Save class indices, as PNG of 8 bits")
     if mask.ndim == 3: mask = _voc_indices(path, mode, mask)
     values = _distinct(mask)
     if mode == "P":
@@ -157,10 +167,13 @@ def _distinct(mask) -> np.ndarray: # in ascending order
     return np.unique(np.append(changes.view(np.uint8), pixels[len(eights)*8:]))
 
 def _voc_numbers(palette, values) -> list[int]|None:
-    "VOC's numbers for the colours of these values; None for a palette that holds any colour that is not VOC's."
+    "VOC's numbers for the colours of these values; None for a palette that does not say: another colour, or one twice."
     if palette == _VOC_PALETTE: return values.tolist()
     colours = [_VOC_INDEX.get(rgb) for rgb in zip(palette[::3], palette[1::3], palette[2::3])]
-    return None if None in colours or values[-1] >= len(colours) else [colours[v] for v in values]
+    if None in colours or values[-1] >= len(colours): return None
+    meant = [colours[v] for v in values]
+    is_padding = any(colours.index(m) != v for m, v in zip(meant, values)) # black after the last colour that counts
+    return None if is_padding else meant
 
 def _voc_indices(path, mode, mask):
     "Class indices of a mask in VOC's colours."
@@ -171,7 +184,8 @@ def _voc_indices(path, mode, mask):
     packed = mask[..., :3].astype(np.int32) @ [1 << 16, 1 << 8, 1]
     colours, where = np.unique(packed, return_inverse=True)
     rgb = [(int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in colours]
-    if strange := [c for c in rgb if c not in _VOC_INDEX]:
+    greys = [c for c in rgb if len({*c}) == 1]
+    if strange := [c for c in rgb if c not in _VOC_INDEX] or (greys if len(greys) == len(rgb) > 1 else []):
         kind = "colours blurred by JPEG or by scaling" if len(rgb) > 256 else "other colours"
         raise ValueError(f"{path}: want class indices or VOC's colours, but this image is {mode} and holds {kind}, for "
                          f"example {strange[0]}. {remedy}")
@@ -269,8 +283,13 @@ def load_soft_label(path) -> np.ndarray: # float32 (C,H,W), within 1/510 of what
 
 # %% ../nbs/a9_files.ipynb #28-a9_files
 def read_lines(path) -> list[str]:
-    "The lines of a text file in UTF-8, stripped, without the empty ones."
-    return [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
+    "The lines of a text file in UTF-8, stripped, without the empty ones. `ValueError` naming a file that is not UTF-8."
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+def read_text(path) -> str:
+    "A text file in UTF-8. `ValueError` naming one that is not."
+    try: return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as e: raise ValueError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
 
 def check_inside(name, where):
     "`ValueError`, beginning with `where`, for a path that leads out of the data folder on any system."
@@ -356,7 +375,7 @@ def _files_below(folder, leave_out=None):
         if {"predict.json", "confidence.csv"} <= set(names) and not os.path.samefile(parent, folder):
             folders.clear()
             continue
-        real = {f: (Path(parent)/f).resolve() for f in folders if not f.startswith(".")}
+        real = {f: (Path(parent)/f).resolve() for f in folders if not f.startswith(".") and f != "__MACOSX"}
         folders[:] = [f for f, path in real.items() if path not in seen] # follows links, but never in a circle
         seen.update(real.values())
         yield from ((Path(parent)/n).relative_to(folder).as_posix() for n in names if not n.startswith("."))

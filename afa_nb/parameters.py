@@ -83,7 +83,7 @@ def understood(
         if kind in kinds and not stays_text and (found := read(value)) is not None: return found
     words = " or ".join(words for kind, (_, words) in _READERS.items() if kind in kinds)
     hint = f": -p {name} False" if bool in kinds else ""
-    if str in kinds and isinstance(value, bool): hint = f": -r {name} {value}"
+    if str in kinds and isinstance(value, bool) and ":" not in name: hint = f": -r {name} {value}"
     raise ValueError(f"{name} must be {words}, not {value!r}{hint}")
 
 # %% ../nbs/a11_parameters.ipynb #10-a11

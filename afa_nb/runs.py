@@ -365,7 +365,8 @@ def _lock(run_dir, main):
     if not main:
         yield
         return
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try: run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f"{run_dir}: cannot be made ({e.strerror}); choose another run_dir") from e
     lock = FileLock(run_dir / ".training.lock", timeout=0)
     try: lock.acquire()
     except Timeout:
@@ -680,6 +681,7 @@ def evaluate_run(
     Raises what `load_run` and `evaluation.evaluate` raise."""
     net, config, _ = load_run(run_dir)
     step, dataset = step_of(newest_checkpoint(run_dir)), open_split(config, split, masks=True)
+    _compare_classes(Path(run_dir), dataset.classes)
     wanted, fingerprint = set(_rungs(ladder, config)), sources.fingerprint(dataset)
     for r in read_metrics(run_dir):
         here = r["kind"] == "eval" and (r["split"], r["step"], r.get("limit")) == (split, step, limit)

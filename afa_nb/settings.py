@@ -294,7 +294,7 @@ def open_split(config: Config, split: str, masks: bool):
                                 f"{config.run_dir} was perhaps trained from another")
     dataset = sources.load(root, split, masks, config.tags, config.masks, config.negatives)
     dataset.max_side = config.max_side
-    check_pictures(dataset)
+    check_pictures(dataset, whole=masks)  # those of val are read only after hours
     check_masks(dataset)
     return dataset
 

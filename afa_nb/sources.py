@@ -28,6 +28,7 @@ from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
+from .checks import mask_folder, masks_beside
 from .coco import coco, coco_splits
 from afa_nb.data import (
     VOC_CLASSES,
@@ -77,6 +78,8 @@ def read_tags(path) -> dict[str, list[str]]: # image → its tags, none for back
 def _clean_tags(tags, where) -> list[str]:
     tags = [unicodedata.normalize("NFC", t).strip() for t in tags]
     tags = list(dict.fromkeys(t for t in tags if t))
+    if listed := [t for t in tags if t[0] in "[{('\""]:
+        raise ValueError(f"{where}: the tag {listed[0]!r} looks like a part of a list. Write tags as in cat;dog")
     if not tags:
         raise ValueError(f"{where} has no tags. Write background if it shows none of the classes, or leave it out")
     for t in tags:
@@ -96,7 +99,8 @@ def _table_entries(path):
     with open(path, newline="", encoding="utf-8-sig") as f:
         first = f.readline()
         is_tsv = path.suffix.lower() in (".tsv", ".tab")
-        delimiter = "\t" if is_tsv else ";" if ";" in first and "," not in first else ","
+        other = next((mark for mark in "\t;" if mark in first and "," not in first), ",")
+        delimiter = "\t" if is_tsv else other
         f.seek(0)
         reader, columns = csv.reader(f, delimiter=delimiter, skipinitialspace=True, strict=True), None
         for number, cells in enumerate(reader):
@@ -144,7 +148,8 @@ def tagged_images(
     `FileNotFoundError` for a folder, table or image that is missing, or `masks` without any; `ValueError` as
     `read_tags`, for a path that leads out of the folder, a tag that is not in `classes`, and two images of one name."""
     folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder")
+    for named in filter(None, (folder, masks)):
+        if not Path(named).expanduser().is_dir(): raise FileNotFoundError(f"{named}: no such folder")
     files = images_below(folder, leave_out or masks)
     unreadable = unreadable_below(folder, leave_out or masks)
     if tags is None: tags = next((folder/t for t in TAG_TABLES if (folder/t).exists()), None)
@@ -211,7 +216,7 @@ def _why_missing(image, files, folder, where):
 # %% ../nbs/a0_sources.ipynb #14c-a0_sources
 _SPLIT = re.compile("(trainval|train|val|test)(ing|id|idation)?([ _-]?set)?[ _-]?[0-9]*", re.I)
 _PART = re.compile(f"(({_SPLIT.pattern}|(jpeg|raw)?images?|imgs?|leftimg8bit|masks?|annotations?|labels?|gt|gtfine|"
-                   r"gtcoarse|ground[ _-]?truths?|segmentation\w*)[ _-]?[0-9]*)+", re.I) # words for parts of a data set
+                   r"gtcoarse|ground[ _-]?truths?|segmentation\w*|(img|ann)_dir)[ _-]?[0-9]*)+", re.I) # words for parts
 
 class TagFolders(NamedTuple):
     "Sub-folders whose names are tags."
@@ -230,18 +235,25 @@ class TagFolders(NamedTuple):
 def tag_folders(files, folder) -> TagFolders:
     """The tags of images that lie in class folders, or in class folders of splits, as in `train/cow/1.jpg`.
     `FileNotFoundError` saying what is missing for folders that hold the parts of another layout."""
-    deep = sorted(file for file in files if "/" in file)
+    masks = masks_beside(sorted(files), folder)
+    beside = [f"Left out, because they look like masks of the images beside them: {shortlist(masks, 3)}."]*bool(masks)
+    deep = sorted(file for file in set(files) - set(masks) if "/" in file)
+    if found := mask_folder(deep, folder):
+        masks, images = found
+        raise FileNotFoundError(f"{folder}: {masks} looks like a folder of masks for the images in {images}, and is no "
+                                f"tag. Give {folder/images} as the folder, {folder/masks} as `masks`, and the tags in "
+                                "a table tags.csv")
     paths = [file.split("/") for file in deep]
     tops, direct = {p[0]: set() for p in paths}, {p[0] for p in paths if len(p) == 2}
     for p in paths: tops[p[0]].update(p[1:-1][:1])
     below = set().union(*tops.values())
     if tops and below and all(map(_SPLIT.fullmatch, tops)) and not _parts(below):
         tags = {top: {f: p[1] for f, p in zip(deep, paths) if p[0] == top and len(p) > 2} for top in tops}
-        return TagFolders({top: of_top for top, of_top in tags.items() if of_top}, [])
-    parts, notes = _parts(tops), []
+        return TagFolders({top: of_top for top, of_top in tags.items() if of_top}, beside)
+    parts, notes = _parts(tops), beside
     if not parts:
         parts = [top for top in tops if _SPLIT.fullmatch(top) and top not in direct]
-        notes = [f"The folder {top} counts as a tag like its neighbours; if it is a split, put all into tags.csv."
+        notes += [f"The folder {top} counts as a tag like its neighbours; if it is a split, put all into tags.csv."
                  for top in tops if _SPLIT.fullmatch(top)]
     if parts: raise FileNotFoundError(_no_tags(folder, files, sorted(tops), sorted(parts)))
     if len(tops) == 1 and not direct and len(deep) == len(files):

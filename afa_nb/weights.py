@@ -174,7 +174,11 @@ def read_state(path: Path) -> dict:
     while isinstance(state, dict) and (inner := [state[k] for k in _WITHIN if isinstance(state.get(k), dict)]):
         state = inner[0]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict: a dict of tensors by name.")
+        several = [str(k) for k, v in state.items() if isinstance(v, dict)] if isinstance(state, dict) else []
+        hint = f" It holds {', '.join(several[:4])}: save one of these alone." if several else ""
+        raise ValueError(f"{path} holds no state dict: a dict of tensors by name.{hint}")
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{path}: {bad[0]} holds values that are no numbers ({len(bad)} of {len(state)} tensors do)")
     return state
 
 # %% ../nbs/a2_weights.ipynb #23-a2-weights
@@ -240,11 +244,12 @@ def load_weights(
     names, anew = Path(source).expanduser() / "classes.txt", ()
     if classes and names.is_file() and names.read_text("utf-8").splitlines() != list(classes):
         anew = "classifier.", "decoder.predict."
-        if verbose:
-            print(f"{source} was trained for other classes: the classifier and the decoder's last layer begin anew")
-    state = {k: v for k, v in state.items() if not k.startswith(anew)}
     n_there = len(state.get("classifier.weight", own["classifier.weight"])) + 1
-    if n_there != net.num_classes:
+    if n_there != net.num_classes and classes: anew = "classifier.", "decoder.predict."
+    if verbose and anew:
+        print(f"{source} was trained for other classes: the classifier and the decoder's last layer begin anew")
+    state = {k: v for k, v in state.items() if not k.startswith(anew)}
+    if n_there != net.num_classes and not anew:
         raise ValueError(f"{path} ({kind}) was trained for {n_there} classes with the background, this network has "
                          f"{net.num_classes}: make it with num_classes={n_there}.")
     if bad := _misfits({k: v for k, v in own.items() if not k.startswith(anew)}, state, kind):

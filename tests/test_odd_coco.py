@@ -215,6 +215,39 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "outline", [[[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]], [box(500, 500, 20, 20)], dict(size=[48, 64], counts=[48 * 64])]
+)
+def test_outlines_without_a_pixel_are_no_masks(tmp_path, outline):
+    root = write(tmp_path / "c", [(1, 3, dict(segmentation=outline)), (2, 9, dict(segmentation=outline))])
+    with pytest.raises(ValueError, match="no segmentation covers a pixel of its image: coordinates are in pixels"):
+        coco(root, "val2014")
+    root = write(tmp_path / "d", [(1, 3, dict(segmentation=outline)), (2, 9, {})])
+    assert "Not drawn, because no pixel of the image lies inside: 1 instances." in coco(root, "val2014").notes
+
+
+@pytest.mark.parametrize("counts", ["garbage!!", "00"])
+def test_run_lengths_that_are_none_name_their_entry(tmp_path, counts):
+    broken = dict(segmentation=dict(size=[48, 64], counts=counts))
+    root = write(tmp_path / "c", [(1, 3, {}), (2, 9, broken)])
+    with pytest.raises(ValueError, match="val2014.json, entry 1 of annotations, 2: not a segmentation"):
+        coco(root, "val2014")
+
+
+def test_pictures_of_another_size_than_listed_are_told_before_training(tmp_path):
+    images = [dict(id=i, height=64, width=48) for i in (1, 2, 3)]
+    root = write(tmp_path / "c", [(1, 3, {}), (2, 9, {})], images, splits=("train2014", "val2014"))
+    with pytest.raises(ValueError, match=r"the mask of 1 is 48×64 pixels, but .*1.jpg is 64×48 \(2 of 2 differ\)"):
+        open_data(preset("demo", data_root=str(root), train_split="train2014", val_split="val2014"))
+
+
+def test_a_mark_of_utf8_before_the_json(tmp_path):
+    root = write(tmp_path / "c", [(1, 3, {})])
+    path = root / "annotations/instances_val2014.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(coco(root, "val2014")) == 1
+
+
 # ---------------------------------------------------------------- negatives
 
 

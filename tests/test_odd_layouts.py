@@ -92,6 +92,74 @@ def test_honest_tags(tmp_path, names):
     assert asked == bool({"train", "valid"} & set(names))
 
 
+@pytest.mark.parametrize(
+    "pictures, masks",
+    [
+        ("input/{}.jpg", "target/{}.png"),
+        ("img_dir/train/{}.jpg", "ann_dir/train/{}.png"),
+        ("Train/Rural/images_png/{}.jpg", "Train/Rural/masks_png/{}.png"),
+        ("raw_full/{}.jpg", "approved_full/{}_L.png"),
+        ("DUTS-TR-Image/{}.jpg", "DUTS-TR-Mask/{}.png"),
+    ],
+)
+def test_folders_of_masks_are_no_tags(tmp_path, pictures, masks):
+    put(tmp_path, *(kind.format(i) for kind in (pictures, masks) for i in range(3)))
+    with pytest.raises(FileNotFoundError, match="tags.csv"):
+        layout(tmp_path)
+
+
+def test_class_folders_with_the_same_names_are_no_masks(tmp_path):
+    put(tmp_path, *(f"{tag}/{i}.jpg" for tag in ("cat", "dog") for i in range(3)))
+    drawn = np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8)
+    (tmp_path / "yak").mkdir()
+    for i in range(3):
+        Image.fromarray(drawn).save(tmp_path / f"yak/{i}.png")
+    assert tagged_images(tmp_path).classes[1:] == ["cat", "dog", "yak"]
+
+
+def test_masks_beside_their_images_are_left_out(tmp_path):
+    put(tmp_path, "benign/1.jpg", "benign/1_mask.png", "normal/2.jpg", "normal/2_mask_1.png", "__MACOSX/normal/2.jpg")
+    dataset = tagged_images(tmp_path)
+    assert dataset.counts() == dict(benign=1, normal=1)
+    assert "they look like masks of the images beside them: benign/1_mask.png" in " ".join(data.problems(dataset))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_lists_in_other_encodings_are_named(tmp_path, encoding):
+    (tmp_path / "classes.txt").write_bytes("background\nkühe\n".encode(encoding))
+    with pytest.raises(ValueError, match="classes.txt: not UTF-8"):
+        read_classes(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["image,tags\na.jpg,\"['cat', 'dog']\"\n", "a.jpg,[cat]\n"])
+def test_lists_as_python_prints_them_are_no_tags(tmp_path, text):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "tags.csv").write_text(text)
+    with pytest.raises(ValueError, match="looks like a part of a list. Write tags as in cat;dog"):
+        tagged_images(tmp_path)
+
+
+def test_a_table_with_tabs_may_be_called_csv(tmp_path):
+    put(tmp_path, "a.jpg")
+    (tmp_path / "tags.csv").write_text("image\ttags\na.jpg\tcat;dog\n")
+    assert tagged_images(tmp_path).classes[1:] == ["cat", "dog"]
+
+
+def test_a_folder_of_masks_that_is_not_there_is_named(tmp_path):
+    put(tmp_path, "cat/a.jpg", "dog/b.jpg")
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        tagged_images(tmp_path, masks=tmp_path / "nowhere")
+
+
+def test_a_truncated_picture_of_val_is_told_before_training(tmp_path):
+    put(tmp_path, *(f"{split}/{i}.jpg" for split in ("cat", "dog") for i in range(3)))
+    put(tmp_path.parent / "masks", *(f"{split}/{i}.png" for split in ("cat", "dog") for i in range(3)))
+    path = tmp_path / "dog/2.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(OSError, match="2.jpg: cannot be read as an image"):
+        opened(tmp_path, masks=str(tmp_path.parent / "masks"))
+
+
 def test_the_same_folders_in_every_folder_are_asked_about(tmp_path):
     dataset = tagged_images(put(tmp_path, *(f"{a}/{b}/1.jpg" for a in ("colour", "grey") for b in ("apple", "pear"))))
     assert dataset.classes[1:] == ["colour", "grey"]

@@ -110,6 +110,28 @@ def test_other_palettes_keep_their_numbers(tmp_path, colours):
     assert np.array_equal(read_mask(path, 3), half(2))
 
 
+@pytest.mark.parametrize("colours, used", [(21, (0, 15, 255)), (21, (15, 255)), (0, (0, 3))])
+def test_black_after_the_last_colour_does_not_mean_background(tmp_path, colours, used):
+    palette = np.concatenate([voc_palette()[:colours], np.zeros((256 - colours, 3), np.uint8)])
+    mask = np.resize(np.uint8(used), (24, 32))
+    assert np.array_equal(read_mask(palette_png(tmp_path / "a.png", mask, palette)), mask)
+
+
+def test_a_grey_mask_saved_as_rgb_is_no_bus(tmp_path):
+    Image.fromarray(half(128)).convert("RGB").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"holds other colours, for example \(0, 0, 0\)"):
+        read_mask(tmp_path / "a.png", 21)
+
+
+def test_masks_of_one_bit_hold_0_and_1_and_fractions_are_no_classes(tmp_path):
+    Image.fromarray(half(1).astype(bool)).save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png", 3), half(1))
+    assert np.flatnonzero(mask_values(tmp_path / "a.png", 3)).tolist() == [0, 1]
+    Image.fromarray(half(1) / np.float32(2)).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match="b.tif: holds fractions"):
+        mask_values(tmp_path / "b.tif", 3)
+
+
 def jpeg(mask):
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "JPEG", quality=80)

@@ -110,6 +110,21 @@ def test_what_shows_nothing_is_told(tmp_path, predictor, look):
     assert report.done == ["cow/a", "cow/b"] and [*report.odd] == ["cow/a"] and says in report.odd["cow/a"]
 
 
+@pytest.mark.parametrize("kind, value", [(np.float32, -9999), (np.int32, -9999), (np.uint16, 65535)])
+def test_a_few_values_far_from_all_others_are_told(tmp_path, kind, value):
+    picture = (G * 4).astype(kind)
+    picture[0, 5] = value
+    Image.fromarray(picture).save(tmp_path / "a.tif")
+    assert "nearly all are" in oddity(read_image(tmp_path / "a.tif"))
+
+
+def test_a_night_sky_is_a_picture(tmp_path):
+    sky = np.zeros((64, 64), np.uint8)
+    sky[::20, ::20] = 255
+    Image.fromarray(sky).save(tmp_path / "a.png")
+    assert oddity(read_image(tmp_path / "a.png")) == ""
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3.4e38])
 def test_what_is_no_number_is_told(tmp_path, value):
     values = (G / 255).astype(np.float32)

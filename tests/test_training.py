@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from afa_nb import runs, training
 from afa_nb.affinity import affinity_labels
@@ -32,6 +32,7 @@ from afa_nb.settings import check, open_data, preset
 from afa_nb.shapes import make_shapes
 from afa_nb.training import train
 from afa_nb.transforms import normalize
+from afa_nb.weights import load_weights
 
 SHORT = dict(
     max_iters=12,
@@ -382,6 +383,41 @@ def test_a_run_is_trained_by_one_process_at_a_time(root, whole, tmp_path):
     with FileLock(tmp_path / "run/.training.lock"), pytest.raises(RuntimeError, match="another process"):
         train(replace(begun, lr=1e-4), verbose=False)
     assert (tmp_path / "run/config.json").read_text() == before
+
+
+def test_a_run_is_not_measured_on_other_classes(whole, root, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    names = (run / "classes.txt").read_text().splitlines()
+    (run / "classes.txt").write_text("\n".join([names[0], *names[:0:-1]]) + "\n")
+    with pytest.raises(ValueError, match="other classes .in another order"):
+        evaluate_run(run)
+
+
+def test_a_run_dir_that_cannot_be_made_is_named(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file: cannot be made .* choose another run_dir"):
+        train(preset("demo", data_root=str(root), run_dir=str(tmp_path / "file"), **SHORT), verbose=False)
+
+
+def test_weights_of_another_task_begin_with_a_new_last_layer(root, tmp_path, capsys):
+    save_file(AFANet(5, "mit_tiny", decoder_dim=64).state_dict(), tmp_path / "five.safetensors")
+    tiny = dict(data_root=str(root), weights=str(tmp_path / "five.safetensors"), backbone="mit_tiny")
+    net = runs.build(preset("demo", **tiny), ["background", "circle"])
+    assert "the classifier and the decoder's last layer begin anew" in capsys.readouterr().out
+    assert net.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (dict(teacher=dict(a=torch.zeros(1)), student=dict(a=torch.zeros(1))), "It holds teacher, student: save one"),
+        (dict(a=torch.full((2,), torch.nan)), "a holds values that are no numbers"),
+    ],
+)
+def test_files_without_usable_weights_say_why(tmp_path, state, words):
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=words):
+        load_weights(AFANet(2, "mit_tiny"), tmp_path / "a.pth")
 
 
 def test_other_images_are_said_and_other_masks_measured(tmp_path, capsys):

@@ -287,21 +287,22 @@ def _files_at(folder, paths) -> list[str|None]: # of paths with extension; None 
     return [file or others.get(path) for path, file in zip(paths, exact)]
 
 # %% ../nbs/00_data.ipynb #58-00-data
-def _voc_tags(folder, names, mask_files, classes, source) -> tuple[np.ndarray, str]:
+def _voc_tags(folder, lines, mask_files, classes, source) -> tuple[np.ndarray, str]:
     "(n,K) in {0,1} from `source`, or with 'auto' from the first that knows every image; and the source in words."
     from afa_nb.sources import read_tags
     words = dict(file="tags.csv", masks="the masks", xml="Annotations")
     if source not in ("auto", *words):
         raise ValueError(f"tags: want 'auto', {', '.join(map(repr, words))}, got {source!r}")
-    table, lacking = folder/"tags.csv", []
+    table, names, lacking = folder/"tags.csv", [line.name for line in lines], []
     for kind in words if source == "auto" else [source]:
         if kind == "file":
             rows = read_tags(table) if table.exists() else {}
             known = [rows.get(row) for row in match_names(names, rows, table)]
         else: known = mask_files if kind == "masks" else find_files(folder/"Annotations", names, {".xml"})
-        if missing := [name for name, tags in zip(names, known) if tags is None]:
+        if missing := [line for line, tags in zip(lines, known) if tags is None]:
             lacks = "lacks" if kind == "file" else "lack"
-            lacking.append(f"{words[kind]} {lacks} {len(missing)}, the first is {missing[0]!r}")
+            first = kind == "masks" and missing[0].mask or missing[0].name
+            lacking.append(f"{words[kind]} {lacks} {len(missing)}, the first is {first!r}")
             continue
         if kind == "file": return multi_hot([(table, tags) for tags in known], classes), words[kind]
         read = tags_from_masks if kind == "masks" else tags_from_xml
@@ -338,7 +339,7 @@ def voc(
     mask_files = find_files(mask_folder, names, {".png"})
     listed = _files_at(folder, [line.mask for line in lines])
     mask_files = [of_list if line.mask else file for line, of_list, file in zip(lines, listed, mask_files)]
-    class_labels, tags_from = _voc_tags(folder, names, mask_files, classes, tags)
+    class_labels, tags_from = _voc_tags(folder, lines, mask_files, classes, tags)
     missing = [line for line, file in zip(lines, mask_files) if file is None]
     if masks and missing:
         wanted = folder/missing[0].mask if missing[0].mask else mask_folder/f"{missing[0].name}.png"

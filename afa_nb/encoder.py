@@ -86,7 +86,8 @@ class MixTransformer(PyramidVisionTransformerV2):
                          mlp_ratios=v.get("mlp_ratios", 4), drop_path_rate=drop_path_rate,
                          norm_layer=partial(LayerNorm, eps=1e-6))
         self.widths, self.stride = tuple(v["widths"]), stride
-        self.attention_channels = min(2, v["depths"][-1]) * v["heads"][-1]
+        self.heads, self.attention_channels = v["heads"][-1], min(2, v["depths"][-1]) * v["heads"][-1]
+        self.attention_scale = self.stages[3].blocks[-1].attn.scale  # of the logits before their softmax
         if stride <= 16: self.stages[3].downsample.proj.stride = (1, 1)
         if stride <= 8: self.stages[2].downsample.proj.stride = (1, 1)
         faster_on_cpu(self)
@@ -137,3 +138,9 @@ class MixTransformer(PyramidVisionTransformerV2):
     def maps(x, size):
         "Tokens (B,N,D) of a grid `size` as maps (B,D,H,W)."
         return x.unflatten(1, size).permute(0, 3, 1, 2).contiguous()
+
+# %% ../nbs/04_encoder.ipynb #14v-04-encoder
+def __getattr__(name): # the other kind of encoder stands behind this one, see 04b_vit
+    if name != "VisionTransformer": raise AttributeError(f"module 'afa_nb.encoder' has no attribute {name!r}")
+    from afa_nb.vit import VisionTransformer
+    return VisionTransformer

@@ -106,8 +106,8 @@ def look(
     with eval_mode(net):
         out, cam = net(x, seg=False, with_cam=True)
         cam, walk_affinity = multi_scale_cam(net, x, scales, first=cam)
-    scale = net.encoder.stages[-1].blocks[-1].attn.scale
-    return Seen((out.attention[0].float() * scale).softmax(-1), out.affinity[0].float(), cam, walk_affinity)
+    attention = (out.attention[0].float() * net.encoder.attention_scale).softmax(-1)
+    return Seen(attention, out.affinity[0].float(), cam, walk_affinity)
 
 # %% ../nbs/21_explorer.ipynb #13-14-explorer
 CRF_SIDE = 112  # pixels
@@ -205,7 +205,7 @@ class Bench:
             self.mask = pil_to_tensor(mask)[0]
         self.seen = look(net, self.image, scales)
         self.stages = Stages(self.image, self.seen)
-        self.heads = net.encoder.stages[-1].blocks[-1].attn.num_heads
+        self.heads = net.encoder.heads
         self.blocks = len(self.seen.attention) // self.heads
 
     def tags(self, s: Settings) -> tuple:  # class numbers from 0

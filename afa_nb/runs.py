@@ -309,7 +309,8 @@ def build(config: Config, classes: list[str], verbose: bool = True) -> AFANet:
     return net
 
 def _network(config, classes):
-    return AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path)
+    return AFANet(len(classes), config.backbone, config.pooling, config.stride, config.decoder_dim, config.drop_path,
+                  config.freeze)
 
 def _shared_statistics(net, accelerator):
     "On several GPUs the decoder's batch norm counts the whole batch, as in the released code. PyTorch cannot on CPUs."

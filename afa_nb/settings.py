@@ -16,11 +16,11 @@ import torch
 
 from . import data, sources
 from .checks import check_masks, check_pictures
-from .encoder import variant_of
 from .par import PAR
 from .pseudo_labels import PseudoLabels
 from .shapes import shapes_root
 from .transforms import TrainTransform
+from .vit import check_encoder
 from .weights import find_weights, pretrained
 
 # %% ../nbs/12_settings.ipynb #ccfb75e4
@@ -36,9 +36,11 @@ class Config:
     max_side: int | None = None  # pixels: longer images, and their masks, are reduced to this first
     negatives: bool = False  # COCO: images without any instance take part. Elsewhere images without a tag always do
     # network
-    backbone: str = "mit_b1"  # a row of `encoder.VARIANTS`
+    backbone: str = "mit_b1"  # a row of `encoder.VARIANTS`, or a plain vision transformer of timm, by its name
+    freeze: bool = False  # the encoder learns nothing: only an adapter, the heads and the decoder do
+    layer_decay: float = 1.  # the rate of each layer of the encoder: times this, once for every layer above it
     weights: str = "auto"  # "auto": ImageNet weights from the hub; "none": random; else what `load_weights` takes
-    stride: int = 16  # pixels per token
+    stride: int = 16  # pixels per token; of a plain vision transformer the patch
     pooling: str | float = "max"  # or a share in (0,1]
     decoder_dim: int = 256
     drop_path: float = .1  # stochastic depth of the encoder
@@ -222,7 +224,7 @@ _RULES = [  # what must hold, and the words for it
     (lambda c: c.affinity_label in ("refined", "propagated"),
      'affinity_label must be "refined" or "propagated", not {c.affinity_label!r}'),
     (lambda c: 0 <= c.drop_path < 1, "drop_path must lie in [0,1), not {c.drop_path}"),
-    (lambda c: c.stride in (8, 16, 32), "stride must be 8, 16 or 32, not {c.stride}"),
+    (lambda c: 0 < c.layer_decay <= 1, "layer_decay must lie in (0,1], not {c.layer_decay}"),
     (lambda c: c.pooling in ("max", 1) or isinstance(c.pooling, float) and 0 < c.pooling <= 1,
      'pooling must be "max" or a share in (0,1], not {c.pooling!r}'),
     (lambda c: c.decoder_dim >= 1, "decoder_dim must be at least 1, not {c.decoder_dim}"),
@@ -265,9 +267,9 @@ def check(config: Config):
     "Raises `ValueError` naming the first setting that makes no sense, `FileNotFoundError` for missing weights."
     if not isinstance(config, Config): raise ValueError(f"config must be a settings.Config, not {config!r}")
     for name, value in vars(config).items(): _check_type(name, value)
-    variant_of(config.backbone)
     for holds, words in _RULES:
         if not holds(config): raise ValueError(words.format(c=config))
+    check_encoder(config.backbone, config.stride, config.crop_size)
     config.pseudo_labels()
     TrainTransform(config.crop_size, config.scale, config.flip, config.color_jitter)
     if config.weights == "auto": pretrained(config.backbone)

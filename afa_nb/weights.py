@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -26,6 +27,8 @@ PRETRAINED = {  # variant → where its ImageNet weights are on the hub, the fil
 def pretrained(variant) -> str:  # a hub name such as "nvidia/mit-b1"
     "What `weights=\"auto\"` stands for. Raises `ValueError` for a variant without published weights."
     if isinstance(variant, str) and variant in PRETRAINED: return PRETRAINED[variant]["hub"]
+    if isinstance(variant, str) and (published := timm.get_pretrained_cfg(variant)) and published.hf_hub_id:
+        return published.hf_hub_id
     name = variant if isinstance(variant, str) else "an encoder of your own"
     raise ValueError(f'weights="auto": no ImageNet weights are published for {name}. '
                      f'Take one of {", ".join(PRETRAINED)}, '
@@ -155,6 +158,24 @@ def _nearest(own, state) -> str:
     said = ", ".join(f"{k} {what}" for k, what in examples if k)
     return f"The nearest kind is {kind}: {len(found)} of this network's {len(wanted)} tensors are there ({said})"
 
+# %% ../nbs/a2_weights.ipynb #15w-a2-weights
+_PATCHES = "patch_embed.proj.weight", "visual.conv1.weight"  # by which a plain ViT is known: timm and Meta, OpenAI
+
+def _of_plain(state, net) -> tuple[dict, str]:
+    "Tensors by our names, and the kind. Raises `ValueError` for what is no plain ViT, or several of them."
+    state = {re.sub(_WRAPPERS, "", k): v for k, v in state.items()}
+    prefixes = [k.removesuffix(name) for name in _PATCHES for k in state if f".{k}".endswith(f".{name}")]
+    if len(prefixes) != 1:
+        several = f" under {', '.join(prefixes)}: keep one of these"*bool(prefixes)
+        raise ValueError(f"a plain vision transformer has one tensor {' or '.join(_PATCHES)}, this file has "
+                         f"{len(prefixes)}{several}")
+    inside = {k.removeprefix(prefixes[0]): v for k, v in state.items() if k.startswith(prefixes[0])}
+    try: inside = net.encoder.convert(inside)
+    except Exception as e:  # what it needs is missing, or cannot be resampled
+        raise ValueError(f"cannot be read as {net.variant} ({type(e).__name__}: {e}); check backbone") from e
+    known = net.encoder.vit.state_dict()
+    return {f"encoder.vit.{k}" if k in known else f"head.{k}": v for k, v in inside.items()}, f"{net.variant} encoder"
+
 # %% ../nbs/a2_weights.ipynb #19-a2-weights
 _WITHIN = "state_dict", "model", "model_state_dict", "params", "net", "weights"  # where a checkpoint keeps its tensors
 
@@ -239,7 +260,8 @@ def load_weights(
     that is unreadable or of another architecture. Never unpickles code."""
     path, own = find_weights(pretrained(net.variant) if source == "auto" else source), net.state_dict()
     state = read_state(path)
-    try: state, kind = convert_weights(state, own)
+    plain = hasattr(net.encoder, "convert") and not any(k.endswith("affinity_head.proj.weight") for k in state)
+    try: state, kind = _of_plain(state, net) if plain else convert_weights(state, own)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     names, anew = Path(source).expanduser() / "classes.txt", ()
     if classes and names.is_file() and names.read_text("utf-8").splitlines() != list(classes):

@@ -89,10 +89,12 @@ def _sizes(encoder: nn.Module, side: int = 64) -> tuple:  # channels of the feat
 
 # %% ../nbs/11_model.ipynb #15b-11-model
 class Adapter(nn.Module):
-    "Two layers over each token of frozen features (B,D,h,w), added to them."
+    "Two layers over each token of frozen features (B,D,h,w), added to them. It begins by adding nothing."
     def __init__(self, width: int):
         super().__init__()
         self.hidden, self.out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x): return x + self.out(F.gelu(self.hidden(x)))
 
@@ -127,7 +129,7 @@ class AFANet(nn.Module):
         self.decoder = MLPDecoder(widths, decoder_dim, num_classes)
         self._options = set(inspect.signature(self.encoder.forward).parameters)
         self.freeze, self.adapter = freeze, Adapter(widths[-1]) if freeze else nn.Identity()
-        if freeze: self.encoder.requires_grad_(False)
+        if freeze: self.encoder.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
         "A frozen encoder stays in evaluation mode."

@@ -38,7 +38,7 @@ class Config:
     # network
     backbone: str = "mit_b1"  # a row of `encoder.VARIANTS`, or a plain vision transformer of timm, by its name
     freeze: bool = False  # the encoder learns nothing: only an adapter, the heads and the decoder do
-    layer_decay: float = 1.  # the rate of each layer of the encoder: times this, once for every layer above it
+    layer_decay: float = 1.  # the rate of each block (of MiT: stage) of the encoder: times this for every one above it
     weights: str = "auto"  # "auto": ImageNet weights from the hub; "none": random; else what `load_weights` takes
     stride: int = 16  # pixels per token; of a plain vision transformer the patch
     pooling: str | float = "max"  # or a share in (0,1]

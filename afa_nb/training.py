@@ -99,11 +99,11 @@ def learning_rate(
 # %% ../nbs/15_training.ipynb #14-13-training
 def parameter_groups(net: AFANet, config: Config) -> list[dict]:
     """Decision 11: the encoder, its norm layers, the heads and the decoder, each with its share of the rate in `ratio`.
-    With `layer_decay` each layer of the encoder is a group of its own; a frozen encoder has none."""
+    With `layer_decay` each of `layers_above` is a group of its own; a frozen encoder has none."""
     encoder = {name: p for name, p in net.encoder.named_parameters() if p.requires_grad}
     heads = [p for name, p in net.named_parameters() if not name.startswith(("encoder.", "decoder."))]
     decoder = config.head_lr_ratio if config.decoder_lr_ratio is None else config.decoder_lr_ratio
-    below = layers_above(net.encoder) if config.layer_decay < 1 else dict.fromkeys(encoder, 0)
+    below = layers_above(net.encoder) if encoder and config.layer_decay < 1 else dict.fromkeys(encoder, 0)
     groups = []
     for n in sorted({below[name] for name in encoder}):
         share, names = config.layer_decay ** n, [name for name in encoder if below[name] == n]
@@ -116,8 +116,11 @@ def parameter_groups(net: AFANet, config: Config) -> list[dict]:
         dict(params=list(net.decoder.parameters()), ratio=decoder)]
 
 def layers_above(encoder) -> dict[str, int]:
-    "For each parameter of the encoder how many layers lie above its own, by timm's count: 0 for the last block."
+    """For each parameter of the encoder how many layers lie above its own, by timm's count: 0 for the last block of a
+    plain ViT, or the last stage of MiT. Raises `ValueError` for an encoder that timm does not count."""
     model = getattr(encoder, "vit", encoder)
+    if not hasattr(model, "group_matcher"):
+        raise ValueError("layer_decay needs an encoder with timm's group_matcher, which says what its layers are")
     layers = timm.models.group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     prefix = "vit." if model is not encoder else ""
     return {prefix + name: max(layers.values()) - layer for name, layer in layers.items()}

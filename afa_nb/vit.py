@@ -50,7 +50,9 @@ def _problem(name) -> str: # "" for a plain ViT of timm
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(["vit_*", "deit*"]), 3)
         return f"timm has no {name!r}" + f"; the nearest plain ones are {', '.join(near)}"*bool(near)
-    with torch.device("meta"): vit = timm.create_model(name)
+    try:
+        with torch.device("meta"): vit = timm.create_model(name)
+    except RuntimeError as e: return f"timm says of {name}: {e}" # an unknown tag behind the name's dot
     if not hasattr(vit, "blocks") or type(getattr(vit, "patch_embed", None)) is not PatchEmbed:
         return f"{name} is no plain vision transformer: it has stages, convolutions or no attention"
     kinds = Attention, AttentionRope, EvaAttention
@@ -59,7 +61,8 @@ def _problem(name) -> str: # "" for a plain ViT of timm
     return ""
 
 class VisionTransformer(nn.Module):
-    "A plain ViT of timm that gives what `MixTransformer` gives: four feature maps and the last two blocks' logits."
+    """A plain ViT of timm that gives what `MixTransformer` gives: four feature maps and the last two blocks' logits.
+    One call at a time: two threads would read each other's."""
     def __init__(self,
                  variant="vit_small_patch16_224",  # any plain ViT of timm, by its name there
                  stride: int | None = None,  # pixels per token; None: the patch the model was made with
@@ -75,8 +78,13 @@ class VisionTransformer(nn.Module):
         patch = {} if stride is None else dict(patch_size=stride)
         self.vit = timm.create_model(variant, drop_path_rate=drop_path_rate, dynamic_img_size=True, **patch, **settings)
         self.vit.reset_classifier(0, "")
+        self.norms_late = isinstance(self.vit.norm, nn.Identity) and hasattr(self.vit, "fc_norm") # after pooling
+        if self.norms_late: self.vit.norm, self.vit.fc_norm = self.vit.fc_norm, self.vit.norm
         depth, attn = len(self.vit.blocks), self.vit.blocks[-1].attn
+        self.name = variant
         self.blocks = [max(0, depth * i // 4 - 1) for i in (1, 2, 3, 4)] if blocks is None else list(blocks)
+        if len(self.blocks) != 4 or not set(self.blocks) <= set(range(depth)):
+            raise ValueError(f"blocks must be four of 0 to {depth - 1}, not {blocks}")
         self.widths, self.stride = (self.vit.embed_dim,) * 4, self.vit.patch_embed.patch_size[0]
         self.heads, self.attention_channels = attn.num_heads, min(2, depth) * attn.num_heads
         self.attention_scale = attn.scale
@@ -109,7 +117,9 @@ class VisionTransformer(nn.Module):
     def convert(self, state: dict) -> dict:  # tensors by `self.vit`'s names
         """The tensors of a file, named as by timm, DINOv2, DINOv3, DeiT or OpenAI's CLIP. timm resamples patches and
         positions of another size."""
-        return sys.modules[type(self.vit).__module__].checkpoint_filter_fn(dict(state), self.vit)
+        state = sys.modules[type(self.vit).__module__].checkpoint_filter_fn(dict(state), self.vit)
+        if self.norms_late: state = {k.replace("fc_norm.", "norm."): v for k, v in state.items()}
+        return state
 
 # %% ../nbs/04b_vit.ipynb #14-vit
 def encoder_of(
@@ -127,7 +137,7 @@ def check_encoder(variant, stride: int, crop_size: int):
     "Raises `ValueError` as `encoder_of`, and for crops that no whole number of a plain ViT's patches fills."
     if not isinstance(variant, str) or variant in VARIANTS: variant_of(variant)
     with torch.device("meta"): encoder_of(variant, stride)
-    if variant not in VARIANTS and crop_size % stride:
+    if isinstance(variant, str) and variant not in VARIANTS and crop_size % stride:
         near = crop_size // stride * stride
         raise ValueError(f"crop_size {crop_size} is no multiple of the patch of {variant}, {stride} pixels: take "
                          f"{near} or {near + stride}")

@@ -186,9 +186,10 @@ def _of_plain(state, net) -> tuple[dict, str]:
     inside = {k.removeprefix(prefixes[0]): v for k, v in state.items() if k.startswith(prefixes[0])}
     try: inside = net.encoder.convert(inside)
     except Exception as e:  # what it needs is missing, or cannot be resampled
-        raise ValueError(f"cannot be read as {net.variant} ({type(e).__name__}: {e}); check backbone") from e
+        raise ValueError(f"cannot be read as {net.encoder.name} ({type(e).__name__}: {e}); check backbone") from e
     known = net.encoder.vit.state_dict()
-    return {f"encoder.vit.{k}" if k in known else f"head.{k}": v for k, v in inside.items()}, f"{net.variant} encoder"
+    state = {f"encoder.vit.{k}" if k in known else f"head.{k}": v for k, v in inside.items()}
+    return state, f"{net.encoder.name} encoder"
 
 # %% ../nbs/a2_weights.ipynb #19-a2-weights
 _WITHIN = "state_dict", "model", "model_state_dict", "params", "net", "weights"  # where a checkpoint keeps its tensors
@@ -272,7 +273,8 @@ def load_weights(
 ) -> dict:  # `kind`, `file`, and the names `loaded`, `missing` in the source, `unused` from it
     """Fills `net` and says what was loaded and what was not. Raises `FileNotFoundError`, and `ValueError` for a file
     that is unreadable or of another architecture. Never unpickles code."""
-    path, own = find_weights(pretrained(net.variant) if source == "auto" else source), net.state_dict()
+    name = getattr(net.encoder, "name", net.variant)
+    path, own = find_weights(pretrained(name) if source == "auto" else source), net.state_dict()
     state = read_state(path)
     plain = hasattr(net.encoder, "convert") and not any(k.endswith("affinity_head.proj.weight") for k in state)
     try: state, kind = _of_plain(state, net) if plain else convert_weights(state, own)
@@ -280,6 +282,9 @@ def load_weights(
     names, anew = Path(source).expanduser() / "classes.txt", ()
     if classes and names.is_file() and names.read_text("utf-8").splitlines() != list(classes):
         anew = "classifier.", "decoder.predict."
+    if "adapter.out.weight" in state and "adapter.out.weight" not in own:
+        raise ValueError(f"{path} ({kind}) was trained with a frozen encoder, and its heads read what its adapter "
+                         "gives: this network needs freeze=True, too.")
     n_there = len(state.get("classifier.weight", own["classifier.weight"])) + 1
     if n_there != net.num_classes and classes: anew = "classifier.", "decoder.predict."
     if verbose and anew:
@@ -288,11 +293,12 @@ def load_weights(
     if n_there != net.num_classes and not anew:
         raise ValueError(f"{path} ({kind}) was trained for {n_there} classes with the background, this network has "
                          f"{net.num_classes}: make it with num_classes={n_there}.")
-    if bad := _misfits({k: v for k, v in own.items() if not k.startswith(anew)}, state, kind):
+    fresh = anew if "adapter.out.weight" in state else (*anew, "adapter.")  # an adapter begins by doing nothing
+    if bad := _misfits({k: v for k, v in own.items() if not k.startswith(fresh)}, state, kind):
         more = f"; and {len(bad) - 3} more" if bad[3:] else ""
         fit = sum(k in state and state[k].shape == v.shape for k, v in own.items())
         raise ValueError(f"{path} ({kind}) is of another architecture than this network: {'; '.join(bad[:3])}{more}; "
-                         f"{fit} tensors fit. Check variant and decoder_dim.")
+                         f"{fit} tensors fit. Check variant, stride and decoder_dim.")
     report = dict(kind=kind, file=str(path), loaded=[k for k in own if k in state],
                   missing=[k for k in own if k not in state], unused=[k for k in state if k not in own])
     net.load_state_dict({k: state[k] for k in report["loaded"]}, strict=False)

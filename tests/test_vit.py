@@ -86,6 +86,7 @@ LAYOUTS = {
     "DINOv2, registers": ("vit_small_patch14_reg4_dinov2", registers),
     "DINOv3": ("vit_small_patch16_dinov3", dinov3),
     "CLIP": ("vit_base_patch16_clip_quickgelu_224", openai),
+    "norm after pooling": ("vit_base_patch16_reg4_gap_256", dict),
     "a wrapped teacher": ("vit_small_patch16_224", lambda s: {f"module.backbone.{k}": v for k, v in s.items()}),
 }
 
@@ -97,7 +98,10 @@ def test_files_in_other_key_names_give_the_same_features(tmp_path, layout):
     source, target = (VisionTransformer(name, **SMALL).eval() for _ in range(2))
     for p in source.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    torch.save(rename({k: v.clone() for k, v in source.vit.state_dict().items()}), tmp_path / "weights.pth")
+    state = {k: v.clone() for k, v in source.vit.state_dict().items()}
+    if source.norms_late:
+        state = {re.sub("^norm", "fc_norm", k): v for k, v in state.items()}
+    torch.save(rename(state), tmp_path / "weights.pth")
     net = AFANet(3, target, stride=target.stride)
     net.variant = name
     report = load_weights(net, tmp_path / "weights.pth", verbose=False)
@@ -133,6 +137,19 @@ def test_weights_of_something_else_are_refused(tmp_path, state, words):
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=words):
         load_weights(AFANet(3, "test_vit", stride=16), tmp_path / "a.pth", verbose=False)
+
+
+def test_an_adapter_begins_by_doing_nothing_and_is_not_dropped(tmp_path):
+    torch.manual_seed(0)
+    free, frozen = (AFANet(3, "test_vit", stride=16, decoder_dim=16, freeze=freeze).eval() for freeze in (False, True))
+    save_file(free.state_dict(), tmp_path / "free.safetensors")
+    assert {k.split(".")[0] for k in load_weights(frozen, tmp_path / "free.safetensors")["missing"]} == {"adapter"}
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(free(image).cls, frozen(image).cls)
+    save_file(frozen.state_dict(), tmp_path / "frozen.safetensors")
+    with pytest.raises(ValueError, match="needs freeze=True"):
+        load_weights(free, tmp_path / "frozen.safetensors")
 
 
 # ---------------------------------------------------------------- a run

@@ -15,7 +15,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 
 from afa_nb.files import (
     cached,
@@ -39,7 +38,7 @@ def look(kind:str, at, files, *more) -> np.ndarray:
     "`at(*file)` for every tuple of paths in `files`, several at a time. What takes longer than a blink is remembered."
     def compute():
         with ThreadPoolExecutor() as pool: return np.array(list(pool.map(lambda file: at(*file), files)))
-    if len(files) <= 200: return compute()
+    if len(files) <= 50: return compute()
     return cached(kind, compute, [path for file in files for path in file], *more)
 
 def check_pictures(
@@ -47,12 +46,13 @@ def check_pictures(
     whole:bool=False, # decode pictures, `MOST_MASKS` at most; else only the beginnings of the files are read
 ):
     "`OSError` naming the first picture that cannot be read."
-    def opens(path):
-        with suppress(Exception), Image.open(path): return True
-        read_image(path) # says what is wrong
-    def decodes(path): read_image(path, 64)
-    kind, at, most = ("decoded", decodes, MOST_MASKS) if whole else ("pictures", opens, MOST_PICTURES)
-    look(kind, lambda path: at(path) is not False, [(dataset.records[i].image,) for i in spread(len(dataset), most)])
+    def is_read(path):
+        if not whole:
+            with suppress(Exception), Image.open(path): return True
+        read_image(path, 64) # says what is wrong
+        return True
+    kind, most = ("decoded", MOST_MASKS) if whole else ("pictures", MOST_PICTURES)
+    look(kind, is_read, [(dataset.records[i].image,) for i in spread(len(dataset), most)])
 
 # %% ../nbs/a10_checks.ipynb #07c-a10
 def odd_pictures(dataset, most:int=100) -> list[str]: # one sentence, or none
@@ -62,9 +62,8 @@ def odd_pictures(dataset, most:int=100) -> list[str]: # one sentence, or none
     def said(path):
         try: return oddity(read_image(path, 64))
         except OSError as e: return str(e).removeprefix(f"{path}: ")
-    def compute():
-        with ThreadPoolExecutor() as pool: return np.array(list(pool.map(said, paths)))
-    odd = [f"{path} {what}" for path, what in zip(paths, cached("odd", compute, paths).tolist()) if what]
+    what = look("odd", said, [(path,) for path in paths]).tolist()
+    odd = [f"{path} {what}" for path, what in zip(paths, what) if what]
     return [f"{odd[0]} ({len(odd)} of {len(paths)} pictures looked at)."] if odd else []
 
 # %% ../nbs/a10_checks.ipynb #08b-a10
@@ -86,12 +85,12 @@ def mask_folder(files, folder) -> tuple[str, str]|None:
         folders_of.setdefault(without_extension(name), set()).add(parent)
     few = cache(lambda parent: _few_values(by_folder[parent], folder))
     for parent, inside in by_folder.items():
-        if len(inside) < 2 or not few(parent).all(): continue
+        if len(inside) < 2: continue
         names = [without_extension(inside[i].rpartition("/")[2]) for i in spread(len(inside), 3)]
         starts = [[name[:n] for n in range(1, len(name) + 1)] for name in names] # 1 of 1_mask, too
         others = [set().union(*(folders_of.get(start, ()) for start in of_name)) for of_name in starts]
-        for other in sorted(set.intersection(*others) - {parent}):
-            if not few(other).any(): return parent, other
+        for other in sorted(set.intersection(*others) - {parent}): # only now are pictures opened
+            if few(parent).all() and not few(other).any(): return parent, other
 
 def _few_values(files, folder) -> np.ndarray: # bool (n,), of three of the files
     "Which hold as few values as masks do."
@@ -116,6 +115,8 @@ def values_held(paths, classes, tagged:bool=True) -> np.ndarray: # bool (n,256):
 # %% ../nbs/a10_checks.ipynb #12-a10
 def fitting_order(held, labels) -> np.ndarray: # (K,): the tag that each class of the masks fits best
     "Both are (n,K): which classes the masks hold, and which tags the pictures have."
+    from scipy.optimize import linear_sum_assignment  # half a second, rarely asked for
+
     held, labels = held.astype(float), labels.astype(float)
     apart = held.T @ (1 - labels) + (1 - held).T @ labels # (K,K)
     return linear_sum_assignment(apart - .5*np.eye(len(apart)))[1] # in doubt, as it is

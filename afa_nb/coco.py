@@ -99,6 +99,7 @@ def _entries(path, key, **fields): # field → what makes its value of what the 
         wrong = f"{field} is {entry[field]!r}" if isinstance(entry, dict) and field in entry else f"no {field}"
         raise ValueError(f"{path}: entry {n} of {key} is not one of COCO's ({wrong})") from None
 
+# %% ../nbs/a1_coco.ipynb #12-a1_coco-b
 _INSTANCE = np.dtype([("row", np.int32), ("start", np.int64), ("size", np.int32), ("label", np.uint8), ("crowd", bool)])
 
 def _in_order(ids): return sorted(ids, key=lambda i: (isinstance(i, str), i))
@@ -155,6 +156,7 @@ def _categories(path, images) -> tuple[dict, list[str]]: # category → label; t
     classes = check_classes(["background", *(names[category] for category in own)], path)
     return dict.fromkeys(background, 0) | {category: label for label, category in enumerate(own, 1)}, classes
 
+# %% ../nbs/a1_coco.ipynb #12-a1_coco-c
 _ODD = "no outline", "first", "thin", "empty" # without outline, entry of the first, < 3 points, no pixel inside
 
 def _instances(path, images, label_of, runs_file, odd):

@@ -261,6 +261,7 @@ class _Ladder:
             oracle=lambda: walk(plain, oracle()),
             oracle_par=lambda: walk(refining, oracle()))
 
+# %% ../nbs/13_evaluation.ipynb #37-13-evaluation-b
 def _true_affinity(mask, num_tokens):
     "(B,H,W) → (B,N,N): 1 where the middle pixels of two tokens have the same class."
     grid = token_grid(num_tokens, *mask.shape[1:])

@@ -114,6 +114,7 @@ CRF_SIDE = 112  # pixels
 
 def _smaller(image, side): return pil_to_tensor(at_most(to_picture(image), side))
 
+# %% ../nbs/21_explorer.ipynb #13-14-explorer-b
 class Stages:
     "From the CAM of one picture to the class of each pixel; what has been computed is remembered."
     def __init__(

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .transforms import to_numpy
 
@@ -62,6 +62,7 @@ def _orientation(im) -> int: # EXIF's, 1 to 8
         if (orientation := im.getexif().get(0x0112)) in _TURNS: return orientation
     return 1
 
+# %% ../nbs/a9_files.ipynb #06-a9_files-b
 def _to_rgb(im):
     odd = {}
     if im.mode[0] in "IF": # 16 or 32 bits a pixel, which PIL would clip at 255
@@ -103,6 +104,7 @@ def oddity(picture) -> str: # what `read_image` gave; "" for nothing odd
     return (f"shows nothing but {look}: its values are {min(low)} to {max(high)} of 255. Save it as 8-bit PNG with "
             "more contrast, or leave it out")
 
+# %% ../nbs/a9_files.ipynb #06-a9_files-c
 def sizes(path) -> tuple: # (width, height) as it is stored, and as `read_image` gives it
     "Of a picture, from the beginning of its file. `OSError` if it cannot be read."
     try:
@@ -158,6 +160,7 @@ def _mask_and_values(path, num_classes):
     if len(wrong): raise ValueError(f"{path}: {_why_wrong(values, wrong, num_classes)}")
     return mask.astype(np.uint8, copy=False), values
 
+# %% ../nbs/a9_files.ipynb #16-a9_files-b
 def _distinct(mask) -> np.ndarray: # in ascending order
     "np.unique, many times as fast: most neighbours are equal, so eight pixels are compared with the next eight."
     if mask.dtype != np.uint8: return np.unique(mask)
@@ -368,6 +371,7 @@ def _folder_at(folder, parts) -> Path|None: # None where there is none
         folder = folder/(part if (folder/part).is_dir() else next(alike, part))
     return folder if folder.is_dir() else None
 
+# %% ../nbs/a9_files.ipynb #31-a9_files-b
 def _files_below(folder, leave_out=None):
     "Yields paths of files below `folder`, relative to it; hidden ones, `leave_out` and what afa-predict wrote are not."
     seen = {Path(folder).resolve(), Path(leave_out).expanduser().resolve() if leave_out else None}

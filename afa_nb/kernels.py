@@ -122,6 +122,7 @@ def _moment(total, mean, image, there, plane, share, order: tl.constexpr, colour
         more = more + (total[c] + share * (I if order == 1 else (I - mean[c]) * (I - mean[c])),)
     return more
 
+# %% ../nbs/a4_kernels.ipynb #19-17-kernels-b
 @triton.jit
 def _weights(
     image,  # (B,3,H,W)

@@ -55,6 +55,7 @@ def _seeds(value):
     fit = numbers is not None and None not in seeds and len({*seeds}) == len(seeds)
     return " ".join(map(str, seeds)) if fit and max(seeds, default=0) < 2**31 else None
 
+# %% ../nbs/a11_parameters.ipynb #06-a11-b
 _READERS = {  # type → how a value is read, and the words for it; tried in this order
     bool: (_true_or_false, "true or false"),
     Count: (lambda value: _whole(value, 1), "a whole number, 1 or more"),

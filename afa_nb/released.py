@@ -214,6 +214,7 @@ def _refined_half(par, image, maps):
     "PAR at half of the image's resolution, enlarged again."
     return _resize(par(_resize(image.float(), [side // 2 for side in image.shape[-2:]]), maps), image.shape[-2:])
 
+# %% ../nbs/a6_released.ipynb #a6-21-b
 def looped_refined_label(par, image: torch.Tensor,  # (B,3,H,W)
                          cam: torch.Tensor,  # (B,K,H,W) in [0,1]
                          class_labels: torch.Tensor, background: float,
@@ -241,6 +242,7 @@ def looped_propagated_label(par, image, walked: torch.Tensor,  # (B,K+1,H,W), of
         label[b][inside] = scores.argmax(0)
     return label
 
+# %% ../nbs/a6_released.ipynb #a6-21-c
 def agreement(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:  # labels (B,H,W) of the two background scores
     "The end of `refine_cams_with_bkg_v2`: foreground where `high` says so, background where both do, else 255."
     label = high.clone()

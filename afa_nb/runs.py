@@ -205,6 +205,7 @@ def _compare_classes(run_dir, classes):
     raise ValueError(f"{run_dir} holds a run with other classes ({changes}). "
                      "Choose another run_dir, or the same data to continue it.")
 
+# %% ../nbs/14_runs.ipynb #2015db3d-b
 def _data_facts(dataset) -> dict:
     "What tells the images that a run learns from apart from others, wherever they lie."
     def digest(values): return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
@@ -484,6 +485,27 @@ def _problems(trainset, valset, val_split) -> list[str]:
     found += [f"{val_split}: {note}" for note in valset.notes if note not in found]
     return found + check_masks(valset, strict=True)
 
+def _accelerator(config) -> Accelerator:
+    AcceleratorState._reset_state()  # else a second run in the same session could not choose another precision
+    return Accelerator(
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+
+def _loader(config, trainset, step, accelerator) -> DataLoader:
+    "This process's share of the batches from a step on, without end."
+    c, a = config, accelerator
+    parts = a.num_processes * c.accumulate
+    if c.batch_size % parts:
+        raise ValueError(f"batch_size {c.batch_size} must be a multiple of processes × accumulate = "
+                         f"{a.num_processes} × {c.accumulate}")
+    transform = TrainTransform(c.crop_size, c.scale, c.flip, c.color_jitter)
+    crops = TrainSet(trainset, transform, c.seed, masks=c.supervision == "mask")
+    order = RandomOrder(len(crops), c.batch_size, c.seed, step, a.process_index, a.num_processes)
+    return DataLoader(crops, c.batch_size // parts, sampler=order, num_workers=c.num_workers,
+                      pin_memory=a.device.type == "cuda", generator=torch.Generator().manual_seed(0))
+
+# %% ../nbs/14_runs.ipynb #03da5d0e-b
 class Run:
     """A training run, as a context: `net`, `labels`, `optimizer` and `schedule` ready for the next step, in the run's
     `folder`. Raises what `check`, `open_data` and `open_run` raise, `ValueError` for masks that were certainly numbered
@@ -536,10 +558,7 @@ class Run:
     def _set_up(self):
         "Device, precision and processes; gives the settings with their precision."
         c = resolve_precision(self.config, PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
-        AcceleratorState._reset_state()  # else a second run in the same session could not choose another precision
-        self.accelerator = Accelerator(
-            mixed_precision="no" if c.precision == "fp32" else c.precision, gradient_accumulation_steps=c.accumulate,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.accelerator = _accelerator(c)
         self.main, self.autocast = self.accelerator.is_main_process, self.accelerator.autocast
         self.say(f"Precision: {c.precision}")
         if c.supervision == "mask": self.accelerator.print(SUPERVISION["mask"])
@@ -557,26 +576,14 @@ class Run:
         self.say(f"{self.folder}: " + ("this run is finished" if finished else f"continuing at step {start}"))
         return start
 
-    def _loader(self):
-        "This process's share of the batches, without end."
-        c, a = self.config, self.accelerator
-        parts = a.num_processes * c.accumulate
-        if c.batch_size % parts:
-            raise ValueError(f"batch_size {c.batch_size} must be a multiple of processes × accumulate = "
-                             f"{a.num_processes} × {c.accumulate}")
-        transform = TrainTransform(c.crop_size, c.scale, c.flip, c.color_jitter)
-        crops = TrainSet(self.trainset, transform, c.seed, masks=c.supervision == "mask")
-        order = RandomOrder(len(crops), c.batch_size, c.seed, self.step, a.process_index, a.num_processes)
-        return DataLoader(crops, c.batch_size // parts, sampler=order, num_workers=c.num_workers,
-                          pin_memory=a.device.type == "cuda", generator=torch.Generator().manual_seed(0))
-
     def batches(self):
         "(step, batch) from here on, micro-batch by micro-batch; the batch is on the device, but for boxes and tags."
         c, self.net = self.config, self.net.train()
         if self.step < self.stop and self.ladder: check_rungs(_rungs(self.ladder, c))  # now, not after the training
         if c.cam_iters >= c.max_iters and c.supervision != "mask":
             self.say(f"cam_iters {c.cam_iters} is not below max_iters {c.max_iters}: only the classifier learns.")
-        loader = iter(self._loader()) if self.step < self.stop else None
+        unfinished = self.step < self.stop
+        loader = iter(_loader(c, self.trainset, self.step, self.accelerator)) if unfinished else None
         self.validation.catch_up(self.step)
         with contextlib.ExitStack() as waiting:
             self._exit.push(waiting)  # however the loop ends

@@ -232,6 +232,7 @@ class TagFolders(NamedTuple):
         if not chosen: raise FileNotFoundError(f"{folder/split}: no such split; there is: {', '.join(self.tags)}")
         return {file: tag for s in chosen for file, tag in self.tags[s].items()}
 
+# %% ../nbs/a0_sources.ipynb #14c-a0_sources-b
 def tag_folders(files, folder) -> TagFolders:
     """The tags of images that lie in class folders, or in class folders of splits, as in `train/cow/1.jpg`.
     `FileNotFoundError` saying what is missing for folders that hold the parts of another layout."""
@@ -264,6 +265,7 @@ def tag_folders(files, folder) -> TagFolders:
                      f"{shortlist(sorted(below), 4)}: if those are the tags, write tags.csv.")
     return TagFolders({"": {f: p[0] for f, p in zip(deep, paths)}}, notes)
 
+# %% ../nbs/a0_sources.ipynb #14c-a0_sources-c
 def _parts(names) -> list[str]:
     "Which names speak against tags: all that are words for parts, but for one split's name (a train) among others."
     parts = [name for name in names if _PART.fullmatch(name)]

@@ -9,7 +9,6 @@ __all__ = ['VisionTransformer', 'encoder_of', 'check_encoder']
 import contextlib
 import difflib
 import sys
-from functools import lru_cache
 
 import timm
 import torch
@@ -45,7 +44,6 @@ def _logits(attn, seen, prefix, mix=None):
     return heads_side_by_side(q * mix[:, None, None]) @ heads_side_by_side(k).mT
 
 # %% ../nbs/04b_vit.ipynb #08-vit
-@lru_cache(64)
 def _problem(name) -> str: # "" for a plain ViT of timm
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(["vit_*", "deit*"]), 3)
@@ -60,6 +58,7 @@ def _problem(name) -> str: # "" for a plain ViT of timm
         return f"{name} is no plain vision transformer: its attention has windows, or is more than Q and K"
     return ""
 
+# %% ../nbs/04b_vit.ipynb #08-vit-b
 class VisionTransformer(nn.Module):
     """A plain ViT of timm that gives what `MixTransformer` gives: four feature maps and the last two blocks' logits.
     One call at a time: two threads would read each other's."""
@@ -67,7 +66,7 @@ class VisionTransformer(nn.Module):
                  variant="vit_small_patch16_224",  # any plain ViT of timm, by its name there
                  stride: int | None = None,  # pixels per token; None: the patch the model was made with
                  drop_path_rate: float = 0.,  # stochastic depth while training
-                 blocks=None,  # which four blocks give features, from 0; None: at each quarter of the depth
+                 blocks=None,  # which four blocks give features, in order, from 0; None: at each quarter of the depth
                  **settings,  # of timm's model, such as depth=6
                  ):
         "Raises `ValueError` for a model that timm does not have or that is no plain ViT, and a stride below 4."
@@ -82,11 +81,11 @@ class VisionTransformer(nn.Module):
         if self.norms_late: self.vit.norm, self.vit.fc_norm = self.vit.fc_norm, self.vit.norm
         depth, attn = len(self.vit.blocks), self.vit.blocks[-1].attn
         self.name = variant
-        self.blocks = [max(0, depth * i // 4 - 1) for i in (1, 2, 3, 4)] if blocks is None else list(blocks)
-        if len(self.blocks) != 4 or not set(self.blocks) <= set(range(depth)):
-            raise ValueError(f"blocks must be four of 0 to {depth - 1}, not {blocks}")
+        self.blocks = [depth * i // 4 - 1 for i in (1, 2, 3, 4)] if blocks is None else list(blocks)
+        if len(self.blocks) != 4 or self.blocks != sorted(set(self.blocks) & set(range(depth))):
+            raise ValueError(f"blocks must be four of 0 to {depth - 1}, in order, not {blocks or self.blocks}")
         self.widths, self.stride = (self.vit.embed_dim,) * 4, self.vit.patch_embed.patch_size[0]
-        self.heads, self.attention_channels = attn.num_heads, min(2, depth) * attn.num_heads
+        self.heads, self.attention_channels = attn.num_heads, 2 * attn.num_heads
         self.attention_scale = attn.scale
         colour = lambda values: torch.tensor(values)[:, None, None]
         self.register_buffer("scale", colour(STD) / colour(config.std), persistent=False)
@@ -107,8 +106,6 @@ class VisionTransformer(nn.Module):
         with contextlib.ExitStack() as stack:
             noted = [stack.enter_context(_noted(attn)) for attn in read]
             features = self.vit.forward_intermediates(x, self.blocks, norm=True, intermediates_only=True)
-        order = sorted(set(self.blocks))
-        features = [features[order.index(block)] for block in self.blocks]  # of a shallow model some twice
         if not attention: return features, None
         mixes = [None] * len(read) if mix is None else mix.view(len(read), -1)
         S = [_logits(attn, seen, self.vit.num_prefix_tokens, m) for attn, seen, m in zip(read, noted, mixes)]
@@ -129,9 +126,8 @@ def encoder_of(
 ) -> nn.Module:
     "Raises `ValueError` for what is neither, with the nearest names, and for a stride that does not exist."
     if not isinstance(variant, str) or variant in VARIANTS: return MixTransformer(variant, stride, drop_path_rate)
-    if problem := _problem(variant):
-        raise ValueError(f"unknown encoder {variant!r}: none of {', '.join(VARIANTS)}, and {problem}")
-    return VisionTransformer(variant, stride, drop_path_rate)
+    try: return VisionTransformer(variant, stride, drop_path_rate)
+    except ValueError as e: raise ValueError(f"{variant!r} is none of {', '.join(VARIANTS)}, and {e}") from None
 
 def check_encoder(variant, stride: int, crop_size: int):
     "Raises `ValueError` as `encoder_of`, and for crops that no whole number of a plain ViT's patches fills."
